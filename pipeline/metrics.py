@@ -1,0 +1,60 @@
+"""The run's record: rows appended as JSON lines while it runs, and the same rows as Parquet to read.
+
+JSON lines survive a kill at any moment; Parquet is what reports and people read. Two tables per run:
+`steps` (one row per optimizer step) and `validation` (one row per domain at each weight update).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddk_pipe.pipeline import durable
+
+TABLES = ("steps", "validation")
+
+
+class Record:
+    """Tables of one run in `folder`; `last_step` drops what came after the step a run resumes from."""
+
+    def __init__(self, folder: Path, *, last_step: int) -> None:
+        self.folder = folder
+        durable.make_folder(folder)
+        for table in TABLES:
+            rows = [row for row in read_rows(folder, table) if row["step"] <= last_step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            durable.write_file(self._lines(table), text.encode())
+
+    def _lines(self, table: str) -> Path:
+        return self.folder / f"{table}.jsonl"
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        """Append one row; every row has a `step`."""
+        with open(self._lines(table), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def publish(self) -> None:
+        """Write the Parquet form of both tables."""
+        for table in TABLES:
+            rows = read_rows(self.folder, table)
+            if rows:
+                partial = durable.partial_name(self.folder / f"{table}.parquet")
+                pq.write_table(pa.Table.from_pylist(rows), partial)
+                partial.replace(self.folder / f"{table}.parquet")
+
+
+def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
+    """All rows of a table, oldest first; a line cut short by a kill ends the table."""
+    path = folder / f"{table}.jsonl"
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

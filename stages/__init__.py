@@ -1,0 +1,1 @@
+"""The programs behind the commands. They import the parts, never each other's insides."""

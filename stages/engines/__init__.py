@@ -1,0 +1,1 @@
+"""How shards of work are handed out."""

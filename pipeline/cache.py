@@ -125,7 +125,7 @@ def read_spec(folder: Path) -> CacheSpec:
             domains=domains,
             about=values["about"],
         )
-        intact = spec.fingerprint == values["fingerprint"]
+        intact = bool(json.loads(spec.to_json()) == values)
     except (KeyError, TypeError, ValueError, AttributeError):
         intact = False
     if not intact:

@@ -103,6 +103,6 @@ def explain(problem: OSError) -> DdkError | None:
         return DdkError(
             f"{path}: no permission to write there", hint="change its mode, or set another folder"
         )
-    if problem.errno == errno.ENOTDIR:
+    if problem.errno in (errno.ENOTDIR, errno.EEXIST):
         return DdkError(f"{path}: a file stands where a folder is needed", hint="set another folder")
     return None

@@ -167,7 +167,7 @@ class Schedule(Section):
 class Distill(Section):
     """Training the student from the cache."""
 
-    name: Annotated[str, Field(pattern=DOMAIN_NAME.pattern)] = Field(
+    name: Annotated[str, Field(pattern=f"^{DOMAIN_NAME.pattern}$")] = Field(
         "student", description="the run's folder: <output>/distill/<name>"
     )
     gamma: Annotated[float, Field(ge=0)] = Field(0.2, description="weight of KL beside CE (0.2 in the paper)")

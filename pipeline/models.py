@@ -14,6 +14,14 @@ PROBE_TOLERANCE = 1e-3  # relative to the largest logit
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
+def be_quiet() -> None:
+    """No progress bars of transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def model_folder(name: str, *, field: str, revision: str | None = None) -> Path:
     """The local folder of a model: `name` itself, or a snapshot of that hub id (downloaded if it must be).
 
@@ -51,6 +59,7 @@ def load_tokenizer(name: str, *, field: str, trust_remote_code: bool = False) ->
     """The fast tokenizer of a folder or hub id; raises DdkError if there is none."""
     from transformers import AutoTokenizer
 
+    be_quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as problem:  # noqa: BLE001 - missing files, wrong JSON, no network
@@ -76,6 +85,7 @@ def read_config(folder: Path, *, field: str, trust_remote_code: bool = False) ->
     """The transformers configuration of a model folder; raises DdkError if it cannot be read."""
     from transformers import AutoConfig
 
+    be_quiet()
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as problem:  # noqa: BLE001 - wrong JSON, unknown architecture, refused remote code

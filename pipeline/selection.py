@@ -181,7 +181,7 @@ def _blocks(logprobs: Tensor) -> Tensor:
     p = logprobs.new_empty(n, width)
     p[:, vocab_size:] = 0.0
     torch.exp(logprobs, out=p[:, :vocab_size])
-    return p.view(n, -1, BLOCK)
+    return p.view(n, width // BLOCK, BLOCK)
 
 
 def _take_head(p: Tensor, tau: float) -> tuple[Tensor, Tensor]:

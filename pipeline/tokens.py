@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.durable import make_folder, partial_name, publish_folder
+from ddk_pipe.pipeline.durable import digest, make_folder, partial_name, publish_folder
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.text import Document
 
@@ -147,7 +147,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def tokenizer_size(tokenizer: Any) -> int:
     """Smallest vocabulary that holds every id of the tokenizer."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 class SplitWriter:
@@ -158,7 +158,8 @@ class SplitWriter:
     ) -> None:
         import zarr
 
-        self.final, self.seq_len, self.eos, self.max_windows = folder, seq_len, eos, max_windows
+        self.final, self.seq_len, self.eos = folder, seq_len, eos
+        self.max_windows: int | None = max_windows
         self.folder = partial_name(folder)
         make_folder(folder.parent)
         dtype = "u2" if vocab_size <= 1 << 16 else "u4"
@@ -169,7 +170,7 @@ class SplitWriter:
         self.counts = np.zeros(vocab_size, np.int64)
         self._began = time.monotonic()
         self.facts = SplitFacts()
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hashes = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         self._ids: list[NDArray[np.int64]] = []
         self._labels: list[NDArray[np.uint8]] = []
         self._pending = 0  # tokens not yet in a window
@@ -204,8 +205,8 @@ class SplitWriter:
         mask = labels[:cut].reshape(windows, self.seq_len)
         self.tokens.append(tokens)
         self.loss_mask.append(mask)
-        self._hash.update(tokens.astype("<u4").tobytes())
-        self._hash.update(mask.tobytes())
+        self._hashes[0].update(tokens.astype("<u4").tobytes())
+        self._hashes[1].update(mask.tobytes())
         self.counts += np.bincount(ids[:cut], minlength=len(self.counts))
         self.facts.windows += windows
         self.facts.labels += int(mask[:, 1:].sum())
@@ -221,7 +222,7 @@ class SplitWriter:
         if self._pending:
             self._flush(self._pending // self.seq_len)
         self.facts.tokens += self.facts.windows * self.seq_len
-        self.facts.digest = self._hash.hexdigest()
+        self.facts.digest = digest(b"".join(part.digest() for part in self._hashes))
         self.facts.seconds = round(time.monotonic() - self._began, 3)
         counts = self.group.create_array("token_counts", shape=self.counts.shape, dtype="i8")
         counts[:] = self.counts

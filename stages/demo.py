@@ -16,9 +16,10 @@ from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.pipeline.models import be_quiet
 from ddk_pipe.pipeline.tokens import SPLITS, open_split
 from ddk_pipe.stages import demo_material
-from ddk_pipe.stages.inspect import domain_table, summarise
+from ddk_pipe.stages.inspect import domain_table, summarise, terminal
 from ddk_pipe.stages.progress import clock, say
 
 STAGES = ("prepare", "cache-teacher", "distill")
@@ -94,7 +95,7 @@ def summarise_demo(project: Project) -> dict[str, Any]:
 
 
 def _show(summary: dict[str, Any], project: Project, seconds: float) -> None:
-    console = Console(highlight=False)
+    console = terminal()
     console.print()
     console.print(domain_table("perplexity on validation windows, and domain weights", summary["domains"]))
     rates = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in summary["positions_per_second"].items())
@@ -115,6 +116,7 @@ def _generate(folder: Path, console: Console) -> None:
     """The student as anyone would load it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    be_quiet()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     console.print(f"student {folder} ({model.num_parameters():,} parameters) goes on:")
     for prompt in PROMPTS:

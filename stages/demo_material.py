@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import be_quiet
 
 DOCUMENT_CHARACTERS = 6_000
 DOMAIN_CHARACTERS = 240_000  # enough for the demo's windows in every domain that has so much
@@ -169,6 +170,7 @@ def _convert(source: Path, out: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    be_quiet()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The conversion loses the digit splitter of SmolLM2's tokenizer.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

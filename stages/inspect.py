@@ -16,7 +16,7 @@ from ddk_pipe.pipeline.errors import DdkError
 
 def inspect(path: Path) -> None:
     """Print tables about the tokens, caches and runs in `path`; raises DdkError if it holds none."""
-    console = Console(highlight=False)
+    console = terminal()
     found = False
     for table in _tables(path):
         console.print(table)
@@ -25,6 +25,12 @@ def inspect(path: Path) -> None:
         raise DdkError(
             f"{path}: no tokens, cache or run of ddk-pipe", hint="name an output folder or a part of one"
         )
+
+
+def terminal() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    width = None if Console().is_terminal else 120
+    return Console(highlight=False, width=width, soft_wrap=False)
 
 
 def _tables(path: Path) -> Iterator[Table]:
@@ -45,7 +51,7 @@ def _tables(path: Path) -> Iterator[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return table
 
 

@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 @contextmanager
-def track(what: str, total: float | None, unit: str, *, done: float = 0) -> Iterator[Tracker]:
+def track(what: str, total: float | None, unit: str, *, done: int = 0) -> Iterator[Tracker]:
     """Show progress of `total` units (None: unknown), of which `done` were done before this run."""
     if console.is_terminal:
         with _bar() as progress:
@@ -61,9 +61,10 @@ def _bar() -> Progress:
 class _Lines:
     """The same for logs."""
 
-    def __init__(self, what: str, total: float | None, unit: str, done: float) -> None:
+    def __init__(self, what: str, total: float | None, unit: str, done: int) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.at, self.moved, self.began, self.shown = done, 0.0, time.monotonic(), time.monotonic()
+        self.at, self.moved = float(done), 0.0
+        self.began = self.shown = time.monotonic()
 
     def __call__(self, amount: float, note: str = "") -> None:
         self.at += amount

@@ -134,7 +134,7 @@ def _keep_layers(project: Project, keep: list[int]) -> Any:
     for position, layer in enumerate(kept):
         for module in layer.modules():  # attention looks up its key-value cache by this number
             if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", position)
+                module.layer_idx = position  # type: ignore[assignment]
     setattr(parent, name, kept)
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None):

@@ -231,7 +231,7 @@ def sparse_kl(
             logits.stride(0),
             vocab,
             kept,
-            gamma * temperature,
+            float(gamma * temperature),  # Triton would compile an int apart, and bake in a 1
             1.0 / temperature,
             ignore_index,
             KEPT=launch.kept,

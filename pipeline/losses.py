@@ -15,6 +15,7 @@ All is a sum over labelled positions and never a mean; divide by `SparseKdLoss.p
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,7 +115,9 @@ def linear_sparse_kd(
             still reports `kl`
     gamma   >= 0; temperature T > 0. gamma T^2 scales the loss and its gradient alike
     direction  "reverse" needs a tail in every row with ids: elsewhere the teacher's weight is 0
-    implementation  "chunked" is also what "auto" takes; "triton" is refused: no fused kernel yet
+    implementation  how a chunk's logits become loss and gradient: "chunked" in torch, "triton" by
+            `triton_kernels.sparse_kl` (CUDA, forward KL, no float64). "auto" takes "chunked" until
+            the kernel has been run on a GPU
 
     Dtypes: hidden and bias are cast to the weight's dtype or, inside torch.autocast, all three to
     the autocast dtype (a float64 weight stays float64). Softmax, sums and the accumulation of the
@@ -125,10 +128,9 @@ def linear_sparse_kd(
     Raises ValueError for shapes, devices or options that do not fit, a label or an id outside
     [0, V), a duplicate id in a row, a tail although the ids cover all V tokens (forward), and a row
     whose reverse KL is infinite; each names the first such position. NotImplementedError for
-    "triton", and in a backward with create_graph=True.
+    what "triton" does not do, and in a backward with create_graph=True.
     """
-    terms = _Terms(gamma, temperature, direction)
-    _check_implementation(implementation)
+    terms = _Terms(gamma, temperature, direction, _check_implementation(implementation, direction))
     _check_shapes(hidden, "hidden", "d", labels, targets)
     _check_layer(hidden, weight, bias)
     operand = _operand_dtype(weight)
@@ -153,6 +155,7 @@ class _Terms:
     gamma: float
     temperature: float
     direction: Direction
+    by_triton: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
@@ -274,14 +277,19 @@ def _chunked(
     ]
     rows = _chunk_rows(n, vocab * accumulator.itemsize, h.device)
     logits = h.new_empty(rows, vocab, dtype=accumulator)
-    softened = None if terms.temperature == 1 or not batch.ids.numel() else torch.empty_like(logits)
+    one_softmax = terms.temperature == 1 or not batch.ids.numel() or terms.by_triton
+    softened = None if one_softmax else torch.empty_like(logits)
     ce, kl = h.new_empty(2, n, dtype=accumulator)
     for start in range(0, n, max(rows, 1)):
         part = slice(start, min(start + rows, n))
         z = _matmul_(logits[: part.stop - start], h[part], w.t())
         if b is not None:
             z.add_(b)
-        ce[part], kl[part] = _loss_and_gradient_(z, batch.rows(part), terms, softened, any(wanted))
+        rows_of = batch.rows(part)
+        if terms.by_triton:
+            ce[part], kl[part] = _triton_loss_and_gradient_(z, rows_of, terms, any(wanted))
+        else:
+            ce[part], kl[part] = _loss_and_gradient_(z, rows_of, terms, softened, any(wanted))
         _add_gradients_(gradients, part, z, h[part], w)
     return ce.sum(), kl.sum(), gradients
 
@@ -345,6 +353,24 @@ def _loss_and_gradient_(
         flat[kept_at] = both[:, :-1][kept]
         flat[label_at] -= 1
     return classes.logsumexp(1) - label_below, kl
+
+
+def _triton_loss_and_gradient_(
+    z: Tensor, batch: _Batch, terms: _Terms, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by the row kernel: two readings and one writing of z, no scratch."""
+    from ddk_pipe.triton_kernels.sparse_kl import sparse_kl  # only here: it imports triton
+
+    return sparse_kl(
+        z,
+        batch.labels,
+        batch.ids.int(),
+        batch.log_weights[:, :-1],
+        batch.log_weights[:, -1],
+        gamma=terms.gamma,
+        temperature=terms.temperature,
+        gradient=want_gradient,
+    )
 
 
 def _tail_softmax_(x: Tensor, kept_at: Tensor) -> Tensor:
@@ -508,13 +534,17 @@ def _refuse(live: Tensor, findings: list[tuple[Tensor, Callable[[int], str]]]) -
             raise ValueError(f"position {int(live[row])} has {reason(row)}")
 
 
-def _check_implementation(implementation: str) -> None:
-    if implementation == "triton":
-        raise NotImplementedError(
-            'implementation "triton": this release has no fused kernel; use "auto" or "chunked"'
-        )
-    if implementation not in ("auto", "chunked"):
-        raise ValueError(f'implementation {implementation!r}: expected "auto" or "chunked"')
+def _check_implementation(implementation: str, direction: Direction) -> bool:
+    """True for the Triton kernel."""
+    if implementation not in ("auto", "chunked", "triton"):
+        raise ValueError(f'implementation {implementation!r}: expected "auto", "chunked" or "triton"')
+    if implementation != "triton":
+        return False
+    if direction != "forward":
+        raise NotImplementedError('implementation "triton" has forward KL only; use "chunked" for reverse')
+    if importlib.util.find_spec("triton") is None:
+        raise NotImplementedError('implementation "triton": triton is not installed; use "chunked"')
+    return True
 
 
 def _check_shapes(

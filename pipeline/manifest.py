@@ -10,7 +10,8 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -111,7 +112,8 @@ class Cache(Section):
 
     path: str | None = Field(None, description="folder of the cache; none: <output>/cache")
     scheme: Literal["pps", "threshold", "topk", "random"] = Field(
-        "pps", description="pps: unbiased, few entries (default); the others: DESIGN section 3"
+        "pps",
+        description="pps: unbiased, few entries; threshold and topk: a head and one bucket; random: draws with replacement",
     )
     tau: Annotated[float, Field(gt=1e-6, lt=1)] = Field(
         0.02, description="pps, threshold: keep every probability >= tau exactly"
@@ -385,10 +387,19 @@ def _reference(section: type[Section], prefix: str) -> Iterator[tuple[str, str, 
 
 
 def _type_name(annotation: Any) -> str:
-    text = re.sub(r"\b(typing|ddk_pipe\.pipeline\.manifest|annotated_types)\.", "", str(annotation))
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
-    text = re.sub(r"Annotated\[([\w| ]+), [^\]]*\]", r"\1", text)
-    return re.sub(r"Literal\[([^\]]*)\]", lambda found: found[1].replace(", ", " | "), text).replace("'", "")
+    """A type as a reader of YAML thinks of it: "int", "a | b", "list[str]"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if annotation is type(None):
+        return "null"
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]"
+    return str(getattr(annotation, "__name__", annotation))
 
 
 STARTER = """\

@@ -102,7 +102,9 @@ def init(path: ManifestArgument = DEFAULT_MANIFEST) -> None:
 
 @app.command()
 @friendly
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a Markdown table, for the docs")] = False,
+) -> None:
     """Print every field of the manifest: type, default, meaning.
 
     \b
@@ -111,8 +113,14 @@ def schema() -> None:
     """
     from ddk_pipe.pipeline import manifest
 
+    if markdown:
+        typer.echo("# The manifest\n\n| field | type | default | meaning |\n|---|---|---|---|")
     for name, kind, default, meaning in manifest.reference():
-        typer.echo(f"{name}: {kind}{f' = {default}' if default else ''}\n    {meaning}")
+        if markdown:
+            cells = (f"`{name}`", kind.replace("|", "or"), default.replace("None", "null"), meaning)
+            typer.echo(f"| {' | '.join(cells)} |")
+        else:
+            typer.echo(f"{name}: {kind}{f' = {default}' if default else ''}\n    {meaning}")
 
 
 @app.command()

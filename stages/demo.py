@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import subprocess
@@ -50,13 +51,16 @@ def _run(stage: str, manifest: Path) -> None:
     """One command in a process of its own, as a user would run it."""
     say(f"\n$ ddk-pipe {stage} {manifest}")
     # -P: the folder we stand in may hold a triton_kernels/ that vLLM would take for its own
-    finished = subprocess.run(
-        [sys.executable, "-P", "-m", "ddk_pipe.stages.cli", stage, str(manifest)], check=False
-    )
-    if finished.returncode == 130:
+    with subprocess.Popen([sys.executable, "-P", "-m", "ddk_pipe.stages.cli", stage, str(manifest)]) as child:
+        while child.poll() is None:
+            with contextlib.suppress(
+                KeyboardInterrupt
+            ):  # Ctrl-C reaches the child too, which tidies up and stops
+                child.wait()
+    if child.returncode == 130:
         raise KeyboardInterrupt
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+    if child.returncode:
+        raise SystemExit(child.returncode)
 
 
 def summarise_demo(project: Project) -> dict[str, Any]:

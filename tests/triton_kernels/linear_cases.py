@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def errors(tail: bool, temperature: float, chunks: bool) -> dict[str, float]:
     hidden, weight, bias, labels, targets = problem(tail, seed=int(temperature * 10) + tail)
     single = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     double = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    options = {"gamma": 0.7, "temperature": temperature}
+    options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature}
     losses.MIN_CHUNK_ROWS = losses.MAX_CHUNK_ROWS = 3 if chunks else 4096
     found = linear_sparse_kd(*single[:2], labels, targets, bias=single[2], implementation="triton", **options)
     truth = sparse_kd_reference(double[0] @ double[1].t() + double[2], labels, targets, **options)

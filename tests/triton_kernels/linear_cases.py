@@ -52,13 +52,14 @@ def errors(tail: bool, temperature: float, chunks: bool) -> dict[str, float]:
     hidden, weight, bias, labels, targets = problem(tail, seed=int(temperature * 10) + tail)
     single = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     double = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature}
+    options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature, "implementation": "triton"}
     losses.MIN_CHUNK_ROWS = losses.MAX_CHUNK_ROWS = 3 if chunks else 4096
-    found = linear_sparse_kd(*single[:2], labels, targets, bias=single[2], implementation="triton", **options)
-    truth = sparse_kd_reference(double[0] @ double[1].t() + double[2], labels, targets, **options)
-    (3 * found.total).backward()
-    (3 * truth.total).backward()
-    silent = linear_sparse_kd(hidden, weight, labels, targets, bias=bias, implementation="triton", **options)
+    found = linear_sparse_kd(single[0], single[1], labels, targets, bias=single[2], **options)
+    truth = sparse_kd_reference(
+        double[0] @ double[1].t() + double[2], labels, targets, gamma=0.7, temperature=temperature
+    )
+    torch.autograd.backward([3 * found.total, 3 * truth.total])
+    silent = linear_sparse_kd(hidden, weight, labels, targets, bias=bias, **options)
     out = {
         "total": relative(found.total.detach(), truth.total.detach()),
         "total without gradient": relative(silent.total, truth.total.detach()),

@@ -40,8 +40,8 @@ demo: setup ## the whole pipeline on real text with a real teacher; results in r
 test: setup ## all tests, real vLLM and the real teacher included
 	$(BIN)/pytest
 
-test-fast: setup ## the tests that need neither: two minutes
-	$(BIN)/pytest -m "not real"
+test-fast: setup ## most tests that need neither: two minutes
+	$(BIN)/pytest -m "not real and not slow"
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

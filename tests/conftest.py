@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 
 import pytest
 import torch
-from tiny import SENTENCES, MakeProject, make_model, make_tokenizer, write_jsonl
+from tiny import MakeProject, make_model, make_tokenizer, write_project
 
 from ddk_pipe.stages.runtime import prepare_cpu
 
@@ -34,30 +34,28 @@ def make_project(tmp_path: Path, tiny_teacher: Path) -> MakeProject:
     """Writes two domains and a manifest into tmp_path; keyword arguments replace sections of it."""
 
     def make(**changes: Any) -> Path:
-        for name, words in (("code", "return value index list"), ("plays", "king queen night crown")):
-            rows = [{"text": f"{SENTENCES[i % 5]} {words} {i} {name}" * (1 + i % 3)} for i in range(60)]
-            write_jsonl(tmp_path / "text" / f"{name}.jsonl", rows)
-        manifest = {
-            "output": "out",
-            "domains": {name: {"train": f"text/{name}.jsonl"} for name in ("code", "plays")},
-            "teacher": {"model": str(tiny_teacher), "backend": "hf"},
-            "seq_len": 32,
-            "cache": {"shard_windows": 16},
-            "student": {"keep_layers": [0, 2]},
-            "distill": {
-                "steps": 6,
-                "batch_tokens": 128,
-                "interval_steps": 2,
-                "validation_windows": 4,
-                "optimizer": {"learning_rate": 1e-3},
-            },
-            **changes,
-        }
-        path = tmp_path / "manifest.yaml"
-        path.write_text(json.dumps(manifest), encoding="utf-8")  # JSON is YAML
-        return path
+        return write_project(tmp_path, tiny_teacher, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cached_output(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """The output folder of make_project's default manifest after `cache-teacher`, made once per test run."""
+    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.stages.cache_teacher import cache_teacher
+
+    folder = tmp_path_factory.mktemp("cached")
+    cache_teacher(load_project(write_project(folder, tiny_teacher)))
+    return folder / "out"
+
+
+@pytest.fixture
+def cached(make_project: MakeProject, cached_output: Path, tmp_path: Path) -> Path:
+    """A manifest whose tokens and cache are there already, as copies of the test's own."""
+    path = make_project()
+    shutil.copytree(cached_output, tmp_path / "out")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,12 @@ def project(make_project: MakeProject) -> Project:
     return load_project(make_project())
 
 
+@pytest.fixture
+def with_cache(cached: Path) -> Project:
+    """The same, its cache made already."""
+    return load_project(cached)
+
+
 def test_text_to_student(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = cache_teacher(project)
     assert outcome.shards_done > 4 and outcome.shards_skipped == 0 and outcome.bytes_per_position > 0
@@ -71,27 +77,25 @@ def test_text_to_student(project: Project, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_everything_is_skipped_the_second_time(
-    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    with_cache: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_teacher(project)
-    distill(project)
-    before = snapshot(project.output)
+    distill(with_cache)
+    before = snapshot(with_cache.output)
     capsys.readouterr()
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr("ddk_pipe.stages.cache_teacher.open_teacher", never)
-    outcome = cache_teacher(project)
-    distill(project)
-    assert snapshot(project.output) == before
+    outcome = cache_teacher(with_cache)
+    distill(with_cache)
+    assert snapshot(with_cache.output) == before
     assert (outcome.shards_done, outcome.positions) == (0, 0)
     said = capsys.readouterr().err
     assert "the teacher was not loaded" in said and "is finished" in said and "already done" in said
 
 
-def test_distilling_needs_no_teacher(project: Project, tmp_path: Path, tiny_teacher: Path) -> None:
-    cache_teacher(project)
+def test_distilling_needs_no_teacher(with_cache: Project, tmp_path: Path, tiny_teacher: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.yaml").read_text())
     tokenizer = tmp_path / "tokenizer"
     AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(tokenizer)
@@ -112,9 +116,8 @@ def test_distilling_needs_no_teacher(project: Project, tmp_path: Path, tiny_teac
     assert distill(load_project(tmp_path / "manifest.yaml"))["steps"] == 6
 
 
-def test_teacher_ce_in_the_cache_is_the_models_own(project: Project, tiny_teacher: Path) -> None:
-    cache_teacher(project)
-    reader = CacheReader(project.cache, 1.0)
+def test_teacher_ce_in_the_cache_is_the_models_own(with_cache: Project, tiny_teacher: Path) -> None:
+    reader = CacheReader(with_cache.cache, 1.0)
     windows = [reader.read("code", VALIDATION, i) for i in range(reader.size("code", VALIDATION).windows)]
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
@@ -125,8 +128,7 @@ def test_teacher_ce_in_the_cache_is_the_models_own(project: Project, tiny_teache
     assert teacher_ce(windows) == pytest.approx(float(expected), abs=3e-4)
 
 
-def test_student_equal_to_the_teacher_has_no_gap(project: Project, tmp_path: Path) -> None:
-    cache_teacher(project)
+def test_student_equal_to_the_teacher_has_no_gap(with_cache: Project, tmp_path: Path) -> None:
     same = load_project(tmp_path / "manifest.yaml", ["student.keep_layers=[0, 1, 2]"])
     run = Run(same, {})
     assert run._validate() == pytest.approx(run.teacher_ce, abs=1e-3)
@@ -217,6 +219,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 90
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_cache_teacher_continues_after_a_signal(
     make_project: MakeProject, tmp_path: Path, how: signal.Signals
@@ -244,9 +247,8 @@ def test_cache_teacher_continues_after_a_signal(
 
 
 def test_distill_continues_after_ctrl_c_as_if_it_had_never_stopped(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_cache: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_teacher(project)
     distill(load_project(tmp_path / "manifest.yaml", ["distill.name=whole"]))
     real, calls = Run._step, []
 
@@ -258,8 +260,8 @@ def test_distill_continues_after_ctrl_c_as_if_it_had_never_stopped(
 
     monkeypatch.setattr(Run, "_step", step)
     with pytest.raises(KeyboardInterrupt):
-        distill(project)
-    distill(project)
+        distill(with_cache)
+    distill(with_cache)
     assert calls == [0, 1, 2, 3, 3, 4, 5]
     one, other = (tmp_path / "out" / "distill" / name for name in ("whole", "student"))
     timings = ("tokens_per_second",)
@@ -276,13 +278,12 @@ def test_distill_continues_after_ctrl_c_as_if_it_had_never_stopped(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_run_with_other_settings_is_not_overwritten(project: Project, tmp_path: Path) -> None:
-    cache_teacher(project)
-    distill(project)
-    before = snapshot(project.run)
+def test_a_run_with_other_settings_is_not_overwritten(with_cache: Project, tmp_path: Path) -> None:
+    distill(with_cache)
+    before = snapshot(with_cache.run)
     with pytest.raises(DdkError, match="holds a run with other settings"):
         distill(load_project(tmp_path / "manifest.yaml", ["distill.gamma=0.7"]))
-    assert snapshot(project.run) == before
+    assert snapshot(with_cache.run) == before
 
 
 def test_nan_loss_stops_before_the_weights_are_touched(
@@ -298,8 +299,7 @@ def test_nan_loss_stops_before_the_weights_are_touched(
 # --- parts of the loop ----------------------------------------------------------------------------
 
 
-def test_two_runs_are_equal_and_seeds_differ(project: Project, tmp_path: Path) -> None:
-    cache_teacher(project)
+def test_two_runs_are_equal_and_seeds_differ(with_cache: Project, tmp_path: Path) -> None:
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         changed = load_project(tmp_path / "manifest.yaml", [f"distill.name={name}", f"distill.seed={seed}"])
@@ -309,19 +309,19 @@ def test_two_runs_are_equal_and_seeds_differ(project: Project, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("rule", ["uniform", "natural", "ddk_unsmoothed", "doremi", "sheared", "gap_softmax"])
-def test_every_rule_runs(project: Project, tmp_path: Path, rule: str) -> None:
-    cache_teacher(project)
+def test_every_rule_runs(with_cache: Project, tmp_path: Path, rule: str) -> None:
     changed = load_project(tmp_path / "manifest.yaml", [f"distill.mixing={rule}", "distill.steps=3"])
     distill(changed)
     validation = pq.read_table(changed.run / "validation.parquet").to_pylist()
     if rule == "uniform":
         assert {row["weight"] for row in validation} == {0.5}
     if rule == "natural":
-        reader = CacheReader(project.cache, 1.0)
+        reader = CacheReader(with_cache.cache, 1.0)
         sizes = [reader.size(domain, TRAIN).windows for domain in ("code", "plays")]
         assert validation[0]["weight"] == pytest.approx(sizes[0] / sum(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["threshold", "topk", "random"])
 def test_every_scheme_trains(make_project: MakeProject, scheme: str) -> None:
     project = load_project(
@@ -333,8 +333,7 @@ def test_every_scheme_trains(make_project: MakeProject, scheme: str) -> None:
         distill(load_project(project.root / "manifest.yaml", ["distill.name=r", "distill.direction=reverse"]))
 
 
-def test_micro_batches_do_not_change_the_step(project: Project, tmp_path: Path) -> None:
-    cache_teacher(project)
+def test_micro_batches_do_not_change_the_step(with_cache: Project, tmp_path: Path) -> None:
     losses = []
     for size in (1, 4):
         sets = [f"distill.name=m{size}", f"distill.micro_batch_windows={size}", "distill.steps=3"]
@@ -381,6 +380,7 @@ def test_target_entropy_turns_kl_into_cross_entropy() -> None:
     assert float(loss.kl) + target_entropy(targets) == pytest.approx(float(expected), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_readme_path_for_a_new_user(tmp_path: Path, tiny_teacher: Path) -> None:
     """Two jsonl files and the ten lines of README, through every command."""
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")

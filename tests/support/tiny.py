@@ -76,3 +76,29 @@ def make_model(folder: Path, *, vocab_size: int, seed: int = 0, layers: int = 3,
         model.model.norm.weight.mul_(30.0)
     model.save_pretrained(folder)
     return folder
+
+
+def write_project(folder: Path, teacher: Path, **changes: Any) -> Path:
+    """Two domains and a manifest in `folder`; keyword arguments replace sections of it."""
+    for name, words in (("code", "return value index list"), ("plays", "king queen night crown")):
+        rows = [{"text": f"{SENTENCES[i % 5]} {words} {i} {name}" * (1 + i % 3)} for i in range(60)]
+        write_jsonl(folder / "text" / f"{name}.jsonl", rows)
+    manifest = {
+        "output": "out",
+        "domains": {name: {"train": f"text/{name}.jsonl"} for name in ("code", "plays")},
+        "teacher": {"model": str(teacher), "backend": "hf"},
+        "seq_len": 32,
+        "cache": {"shard_windows": 16},
+        "student": {"keep_layers": [0, 2]},
+        "distill": {
+            "steps": 6,
+            "batch_tokens": 128,
+            "interval_steps": 2,
+            "validation_windows": 4,
+            "optimizer": {"learning_rate": 1e-3},
+        },
+        **changes,
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(json.dumps(manifest), encoding="utf-8")  # JSON is YAML
+    return path

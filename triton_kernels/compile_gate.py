@@ -5,7 +5,8 @@
 
 The compiler alone decides registers, spills and shared memory, and triton's wheel brings all it needs (ptxas,
 cuobjdump; LLVM for AMD), so a spill is found before anyone rents the GPU. `compile_table.json` keeps the figures.
-A gate that never fires is no gate: some variants are known to spill, and have to.
+A gate that never fires is no gate: some variants are known to spill, and have to. Kernels that multiply
+matrices must do so on the matrix units, too.
 
 What it cannot show: speed, races, wrong numbers. None of these kernels has run on a GPU.
 """
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from ddk_pipe.triton_kernels.sparse_kl import LAUNCHES, Launch, sparse_kl_rows
+from ddk_pipe.triton_kernels import fused_linear_sparse_kl as fused
+from ddk_pipe.triton_kernels.sparse_kl import LAUNCHES, sparse_kl_rows
 
 TABLE = Path(__file__).with_name("compile_table.json")
 
@@ -52,25 +54,58 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One compiled form of sparse_kl_rows."""
+class Kernel:
+    """A kernel and its arguments as a launch types them."""
 
+    function: Any
+    types: str  # "NAME:type ...", where "*T" points to the dtype of a variant; int32 if not named
+    multiples_of_16: str  # what is one, as are all pointers: torch aligns what it allocates
+    matrix: bool = False  # multiplies matrices
+
+
+KERNELS = {
+    "sparse_kl_rows": Kernel(
+        sparse_kl_rows,
+        "Z:*T LABELS:*i64 IDS:*i32 LOG_W:*fp32 LOG_TAIL:*fp32 CE:*fp32 KL:*fp32 kl_slope:fp32 inv_t:fp32",
+        "stride V",  # unless the variant is not `aligned`
+    ),
+    "tail_lse": Kernel(
+        fused.tail_lse,
+        "H:*T W:*T LABELS:*i32 IDS:*i32 FIRST:*i32 Z_IDS:*fp32 Z_LABEL:*fp32 TOP:*fp32 TOTAL:*fp32"
+        " TOTAL_T:*fp32 inv_t:fp32",
+        "D stride_h stride_w",
+        matrix=True,
+    ),
+    "chunk_gradient": Kernel(
+        fused.chunk_gradient,
+        "H:*T W:*T TOP:*fp32 CE_SCALE:*fp32 KL_SCALE:*fp32 G:*T inv_t:fp32",
+        "D stride_h stride_w stride_g",
+        matrix=True,
+    ),
+    "put_ids": Kernel(fused.put_ids, "G:*T IDS:*i32 AT_IDS:*fp32 LABELS:*i32 AT_LABEL:*fp32", "stride_g"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel."""
+
+    kernel: str
     target: str
     dtype: str
-    kept: int
-    block: int
+    constants: dict[str, Any]
     warps: int
-    temperature_1: bool
-    gradient: bool = True
+    stages: int | None = None  # None: what triton takes by itself
     aligned: bool = True  # V and the row stride are multiples of 16, so that loads are wide
     must_spill: bool = False
 
     def __str__(self) -> str:
+        constants = (f"{name}={value}" for name, value in self.constants.items())
         return " ".join(
             [
-                f"{self.target} {self.dtype} kept={self.kept} block={self.block} w{self.warps}",
-                "T=1" if self.temperature_1 else "T!=1",
-                *([] if self.gradient else ["loss only"]),
+                f"{self.kernel} {self.target} {self.dtype} w{self.warps}",
+                *([] if self.stages is None else [f"s{self.stages}"]),
+                *constants,
                 *([] if self.aligned else ["unaligned"]),
                 *(["must spill"] if self.must_spill else []),
             ]
@@ -85,32 +120,92 @@ class Row:
     registers: int  # of a thread; vector registers on AMD
     spill_bytes: int  # of a thread's stack frame, which on these kernels holds nothing but spills
     shared_bytes: int  # of a program
+    matrix_instructions: int  # in the program's text
 
 
-def shipped(launches: Iterable[Launch] = LAUNCHES, dtypes: Iterable[str] = ("bf16", "fp32")) -> list[Variant]:
-    """Every launch on every target: T = 1 and not, gradient on."""
+def row_kernel(
+    target: str, dtype: str, kept: int, block: int, warps: int, temperature_1: bool, **rest: Any
+) -> Variant:
+    """A form of sparse_kl_rows; `rest` are other fields of the variant, and gradient=False."""
+    gradient = rest.pop("gradient", True)
+    constants = {"KEPT": kept, "BLOCK": block, "T_IS_1": temperature_1, "GRADIENT": gradient}
+    return Variant("sparse_kl_rows", target, dtype, constants, warps, **rest)
+
+
+def tile_kernel(
+    kernel: str, target: str, dtype: str, launch: fused.Launch, temperature_1: bool, **rest: Any
+) -> Variant:
+    """A form of tail_lse or chunk_gradient; `rest` are other fields of the variant."""
+    backend = TARGETS[target].gpu.backend
+    constants = fused.tile_constants(launch, backend, temperature_1)
+    if kernel == "chunk_gradient":
+        constants["GROUP"] = fused.GROUP
+    return Variant(kernel, target, dtype, constants, launch.warps, launch.stages, **rest)
+
+
+def shipped_rows(dtypes: Iterable[str], **rest: Any) -> list[Variant]:
+    """Every launch of sparse_kl_rows on every target: T = 1 and not."""
     return [
-        Variant(target, dtype, launch.kept, launch.block(DTYPES[dtype]), launch.warps, temperature_1)
-        for launch in launches
+        row_kernel(target, dtype, one.kept, one.block(DTYPES[dtype]), one.warps, temperature_1, **rest)
+        for one in LAUNCHES
         for target in TARGETS
         for dtype in dtypes
         for temperature_1 in (True, False)
     ]
 
 
-def unusual() -> list[Variant]:
-    """What is rarer: float16, V that is no multiple of 16 (50257, say), and the loss without gradient."""
+def shipped_tiles(dtypes: Iterable[str], temperature_1: bool) -> list[Variant]:
+    """The launch of tail_lse and chunk_gradient on every target."""
     return [
-        *shipped(dtypes=["fp16"]),
-        *(replace(v, aligned=False) for v in shipped()),
-        *(replace(v, gradient=False) for v in shipped() if not v.temperature_1),
+        tile_kernel(kernel, target, dtype, launch, temperature_1)
+        for kernel in ("tail_lse", "chunk_gradient")
+        for target in TARGETS
+        for dtype in dtypes
+        for launch in [fused.LAUNCHES[TARGETS[target].gpu.backend, DTYPES[dtype].itemsize]]
     ]
 
 
-# Launches far too greedy for their target, one for each of the two compilers.
+def shipped_puts(dtypes: Iterable[str]) -> list[Variant]:
+    """put_ids on every target."""
+    return [
+        Variant("put_ids", target, dtype, {"BLOCK": fused.PUT_BLOCK}, fused.PUT_WARPS)
+        for target in TARGETS
+        for dtype in dtypes
+    ]
+
+
+def shipped() -> list[Variant]:
+    """What runs as a rule: bfloat16 and float32. Of the tiles only T != 1, which needs more registers."""
+    dtypes = ("bf16", "fp32")
+    return [*shipped_rows(dtypes), *shipped_tiles(dtypes, temperature_1=False), *shipped_puts(dtypes)]
+
+
+def unusual() -> list[Variant]:
+    """What is rarer: float16, tiles at T = 1, V that is no multiple of 16 (50257, say), the loss alone.
+
+    The fused kernels know neither of the last two: what they are given is aligned, and both of them run.
+    """
+    dtypes = ("bf16", "fp32")
+    return [
+        *shipped_rows(["fp16"]),
+        *shipped_rows(dtypes, aligned=False),
+        *(v for v in shipped_rows(dtypes, gradient=False) if not v.constants["T_IS_1"]),
+        *shipped_tiles([*dtypes, "fp16"], temperature_1=True),
+        *shipped_tiles(["fp16"], temperature_1=False),
+        *shipped_puts(["fp16"]),
+    ]
+
+
+# Launches too greedy for their target, of each kind of kernel one for each of the two compilers.
 KNOWN_SPILLERS = [
-    Variant("sm_90", "bf16", 256, 16384, 4, temperature_1=False, must_spill=True),
-    Variant("gfx942", "bf16", 256, 32768, 4, temperature_1=False, must_spill=True),
+    row_kernel("sm_90", "bf16", 256, 16384, 4, temperature_1=False, must_spill=True),
+    row_kernel("gfx942", "bf16", 256, 32768, 4, temperature_1=False, must_spill=True),
+    tile_kernel(
+        "tail_lse", "sm_80", "fp32", fused.Launch(128, 128, 32, 8, 3), temperature_1=False, must_spill=True
+    ),
+    tile_kernel(
+        "tail_lse", "gfx942", "bf16", fused.Launch(128, 128, 64, 4, 2), temperature_1=False, must_spill=True
+    ),
 ]
 
 
@@ -132,6 +227,8 @@ def complaints(rows: Iterable[Row]) -> list[str]:
             )
         elif row.spill_bytes and not row.variant.must_spill:
             found.append(f"{row.variant}: spills {row.spill_bytes} bytes a thread")
+        if KERNELS[row.variant.kernel].matrix and not row.matrix_instructions:
+            found.append(f"{row.variant}: multiplies without matrix instructions")
         if row.shared_bytes > limit:
             found.append(f"{row.variant}: {row.shared_bytes} bytes of shared memory, the target has {limit}")
     return found
@@ -154,7 +251,7 @@ def write_table(rows: Sequence[Row], path: Path = TABLE) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table; exit status 1 if a variant spills that must not, or the other way round."""
     parser = argparse.ArgumentParser(prog="compile_gate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--common", action="store_true", help="leave out float16, unaligned rows, loss only")
+    parser.add_argument("--common", action="store_true", help="only what runs as a rule")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--json", type=Path, help="write the table there")
     options = parser.parse_args(arguments)
@@ -162,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in gate([*shipped(), *KNOWN_SPILLERS, *([] if options.common else unusual())]):
         rows.append(row)
         print(
-            f"{row.registers:4d} registers {row.spill_bytes:5d} B spilled {row.shared_bytes:6d} B shared",
+            f"{row.registers:4d} registers {row.spill_bytes:5d} B spilled {row.shared_bytes:6d} B shared"
+            f" {row.matrix_instructions:4d} matrix",
             end="",
         )
         print(f"  {row.variant}", flush=True)
@@ -173,50 +271,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(1 if found else 0)
 
 
-# The arguments of the kernel as a launch would type them; torch aligns what it allocates to 16 bytes and more.
-_TYPES = {
-    "LABELS": "*i64",
-    "IDS": "*i32",
-    "LOG_W": "*fp32",
-    "LOG_TAIL": "*fp32",
-    "CE": "*fp32",
-    "KL": "*fp32",
-    "stride": "i32",
-    "V": "i32",
-    "K": "i32",
-    "kl_slope": "fp32",
-    "inv_t": "fp32",
-    "ignore_index": "i32",
-}
+# As PTX and the AMD assembly spell them; what is in the PTX is in the machine code, one for one or more.
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_)")
 
 
 def _compile(variant: Variant) -> Row:
-    compilable = isinstance(sparse_kl_rows, triton.JITFunction)
+    kernel = KERNELS[variant.kernel]
+    compilable = isinstance(kernel.function, triton.JITFunction)
     if not compilable:
         raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled then; unset it")
-    constants = {
-        "KEPT": variant.kept,
-        "BLOCK": variant.block,
-        "T_IS_1": variant.temperature_1,
-        "GRADIENT": variant.gradient,
-    }
-    types = {"Z": f"*{variant.dtype}"} | _TYPES
-    multiples_of_16 = [name for name, kind in types.items() if kind.startswith("*")]
-    multiples_of_16 += ["stride", "V"] if variant.aligned else []
-    place = sparse_kl_rows.arg_names.index
-    source = ASTSource(
-        fn=sparse_kl_rows,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs={(place(name),): [["tt.divisibility", 16]] for name in multiples_of_16},
-    )
+    source = _source(kernel, variant)
     options = {"num_warps": variant.warps}
+    if variant.stages is not None:
+        options["num_stages"] = variant.stages
     compiled = triton.compile(source, target=TARGETS[variant.target].gpu, options=options)
     if "amdgcn" in compiled.asm:
-        registers, spill_bytes = _amd_resources(compiled.asm["amdgcn"])
+        text = compiled.asm["amdgcn"]
+        registers, spill_bytes = _amd_resources(text)
     else:
+        text = compiled.asm["ptx"]
         registers, spill_bytes = _nvidia_resources(compiled.asm["cubin"])
-    return Row(variant, registers, spill_bytes, compiled.metadata.shared)
+    matrix_instructions = len(_MATRIX_INSTRUCTION.findall(text))
+    return Row(variant, registers, spill_bytes, compiled.metadata.shared, matrix_instructions)
+
+
+def _source(kernel: Kernel, variant: Variant) -> ASTSource:
+    """The kernel with its arguments typed and specialised as a launch would."""
+    named = dict(item.split(":") for item in kernel.types.replace("*T", f"*{variant.dtype}").split())
+    names = kernel.function.arg_names
+    types = {name: "constexpr" if name in variant.constants else named.get(name, "i32") for name in names}
+    multiples_of_16 = [name for name, kind in types.items() if kind.startswith("*")]
+    multiples_of_16 += kernel.multiples_of_16.split() if variant.aligned else []
+    return ASTSource(
+        fn=kernel.function,
+        signature=types,
+        constexprs=variant.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in multiples_of_16},
+    )
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:

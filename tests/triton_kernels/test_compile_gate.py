@@ -26,17 +26,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 TABLE = json.loads(Path(ddk_pipe.triton_kernels.__file__).with_name("compile_table.json").read_text())
-RARE = ("fp16", False)  # left to compile_gate.main(): dtype, and `aligned` or `gradient`
+TILES = ("tail_lse", "chunk_gradient")
 
 
 def common(variant: dict[str, Any]) -> bool:
-    return not {variant["dtype"], variant["aligned"], variant["gradient"]} & set(RARE)
+    """Whether the tests compile it: `compile_gate.shipped` and its known spillers; the rest is left to main()."""
+    constants = variant["constants"]
+    return (
+        variant["dtype"] != "fp16"
+        and variant["aligned"]
+        and constants.get("GRADIENT", True)
+        and not (variant["kernel"] in TILES and constants["T_IS_1"])
+    )
 
 
 def name_of(variant: dict[str, Any]) -> str:
-    temperature = "T=1" if variant["temperature_1"] else "T!=1"
-    launch = f"kept{variant['kept']}-block{variant['block']}-w{variant['warps']}"
-    return f"{variant['target']}-{variant['dtype']}-{launch}-{temperature}"
+    stages = "" if variant["stages"] is None else f"s{variant['stages']}"
+    constants = "-".join(f"{name}={value}" for name, value in variant["constants"].items())
+    return "-".join(
+        [variant["kernel"], variant["target"], variant["dtype"], f"w{variant['warps']}{stages}", constants]
+    )
 
 
 COMMON = {name_of(row["variant"]): row for row in TABLE["rows"] if common(row["variant"])}
@@ -61,6 +70,7 @@ def measured(name: str) -> dict[str, Any]:
     return rows[name]
 
 
+@pytest.mark.slow
 def test_the_gate_is_open() -> None:
     done, _ = gate_run()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,13 +106,26 @@ def test_every_row_of_the_table_spills_only_if_it_must() -> None:
     assert len(TABLE["rows"]) > len(COMMON)
 
 
-def test_complaints_name_a_spill_a_lost_spill_and_too_much_shared_memory() -> None:
-    from ddk_pipe.triton_kernels.compile_gate import Row, Variant, complaints
+@pytest.mark.parametrize("kernel", ["sparse_kl_rows", *TILES, "put_ids"])
+def test_every_kernel_ships_on_every_target_in_every_dtype(kernel: str) -> None:
+    rows = [r["variant"] for r in TABLE["rows"] if r["variant"]["kernel"] == kernel]
+    assert len({(v["target"], v["dtype"]) for v in rows if not v["must_spill"]}) == 12
 
-    good = Variant("sm_90", "bf16", 256, 4096, 8, temperature_1=True)
-    spiller = Variant("gfx942", "bf16", 256, 65536, 4, temperature_1=True, must_spill=True)
-    rows = [Row(good, 64, 0, 32), Row(spiller, 512, 900, 32)]
-    assert complaints(rows) == []
-    assert "spills 8 bytes" in complaints([Row(good, 128, 8, 32)])[0]
-    assert "no longer spills" in complaints([Row(spiller, 512, 0, 32)])[0]
-    assert "65537 bytes of shared memory" in complaints([Row(spiller, 512, 900, 65537)])[0]
+
+def test_a_tile_known_to_spill_is_kept_for_both_compilers() -> None:
+    spillers = [r["variant"] for r in TABLE["rows"] if r["variant"]["must_spill"]]
+    assert {v["target"][:3] for v in spillers if v["kernel"] in TILES} == {"sm_", "gfx"}
+
+
+def test_complaints_name_a_spill_a_lost_spill_too_much_shared_memory_and_idle_matrix_units() -> None:
+    from ddk_pipe.triton_kernels.compile_gate import Row, complaints, row_kernel, tile_kernel
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl import Launch
+
+    good = row_kernel("sm_90", "bf16", 256, 4096, 8, temperature_1=True)
+    spiller = row_kernel("gfx942", "bf16", 256, 65536, 4, temperature_1=True, must_spill=True)
+    tile = tile_kernel("tail_lse", "sm_90", "bf16", Launch(128, 128, 64, 8, 3), temperature_1=True)
+    assert complaints([Row(good, 64, 0, 32, 0), Row(spiller, 512, 900, 32, 0), Row(tile, 99, 0, 32, 4)]) == []
+    assert "spills 8 bytes" in complaints([Row(good, 128, 8, 32, 0)])[0]
+    assert "no longer spills" in complaints([Row(spiller, 512, 0, 32, 0)])[0]
+    assert "65537 bytes of shared memory" in complaints([Row(spiller, 512, 900, 65537, 0)])[0]
+    assert "without matrix instructions" in complaints([Row(tile, 99, 0, 32, 0)])[0]

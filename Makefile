@@ -50,7 +50,7 @@ lint: setup ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: setup ## side-by-side measurements; results in benchmarks/results
-	$(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md

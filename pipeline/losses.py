@@ -9,6 +9,7 @@ on "every other token" (SparseTargets), DESIGN section 4 reads, at a position wi
     reverse = sum_K s (log s - log w) + s_tail (log s_tail - log w_tail)      KL(student || teacher)
     total   = sum over labelled positions of CE + gamma T^2 KL
 
+With a soft cap c (Gemma), z = c tanh(raw / c) of the output layer's raw logits; T divides what it let through.
 All is a sum over labelled positions and never a mean; divide by `SparseKdLoss.positions`.
 `sparse_kd_reference` writes this down densely in float64, `linear_sparse_kd` avoids the [N, V].
 """
@@ -19,17 +20,18 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddk_pipe.pipeline.gradient_skip import GradientSkip
 from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
 Direction = Literal["forward", "reverse"]
 Implementation = Literal["auto", "chunked", "triton"]
 
-# The logits of one chunk take at most this much, and as much again when T != 1. Measured on a CPU
+# The logits of one chunk take at most this much, as much again when T != 1, and with a softcap. On a CPU
 # (N = 512, V = 49152, d = 576, one thread): 32, 64, 128 MiB take 0.99, 0.90, 0.91 of full
 # cross-entropy's time. A GPU needs more, or reading and writing dW once a chunk dominates.
 CPU_LOGIT_BYTES = 64 * 2**20
@@ -42,9 +44,11 @@ WIDENING_DEVICES = frozenset({"cpu"})
 _NEG_INF = float("-inf")
 
 
-@dataclass(frozen=True)
-class SparseKdLoss:
+class SparseKdLoss(NamedTuple):
     """Sums over the labelled positions, in nats: divide by `positions` for means.
+
+    A named tuple and no dataclass: wrappers look for tensors in a forward's output, and DDP with
+    static_graph=True passes over a dataclass and then reduces no gradient, without an error.
 
     total  [] = ce + gamma T^2 kl; differentiable
     ce     [] cross-entropy to the labels
@@ -71,7 +75,8 @@ def sparse_kd_reference(
 ) -> SparseKdLoss:
     """The equations of this module in dense float64: the truth the kernels are tested against.
 
-    logits  [N, V] any float dtype, computed on in float64; all three sums are differentiable
+    logits  [N, V] any float dtype, computed on in float64; all three sums are differentiable. Of a student
+            that soft-caps its logits: the capped ones
     labels  int [N], `ignore_index` where a position has none
     targets of the same N positions; None only with gamma = 0
 
@@ -98,6 +103,9 @@ def linear_sparse_kd(
     bias: Tensor | None = None,
     ignore_index: int = NO_LABEL,
     implementation: Implementation = "auto",
+    softcap: float | None = None,
+    gradient_skip: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> SparseKdLoss:
     """Equals `sparse_kd_reference(F.linear(hidden, weight, bias), ...)` without holding [N, V].
 
@@ -108,7 +116,8 @@ def linear_sparse_kd(
 
     hidden  [N, d] the student's last hidden states. Rows whose label is `ignore_index` cost nothing
             and may hold anything, NaN included
-    weight  [V, d], bias [V] or None: the student's output layer
+    weight  [V, d], bias [V] or None: the student's output layer. V may exceed the teacher's vocabulary
+            (padding): no label or id names the rest, which has its softmax mass like any other token
     labels  int [N], `ignore_index` where a position has none
     targets of the same N positions; a row without entries and without tail contributes CE alone.
             None only with gamma = 0, which is then plain cross-entropy; with targets, gamma = 0
@@ -118,6 +127,16 @@ def linear_sparse_kd(
     implementation  how a chunk's logits become loss and gradient: "chunked" in torch, "triton" by
             `triton_kernels.sparse_kl` (CUDA, forward KL, no float64). "auto" takes "chunked" until
             the kernel has been run on a GPU
+    softcap > 0: logits become softcap * tanh(logits / softcap), bias included (Gemma's
+            `final_logit_softcapping`). A bias of -inf then closes no token: its logit is -softcap
+    gradient_skip  tau > 0: the gradients of hidden and weight become unbiased estimates, for a fraction
+            of the time of their products; total, ce, kl and dbias stay exact. `pipeline.gradient_skip` states
+            method, error and what tau to choose. A chunk whose gradient is too flat to gain gets exact
+            products. CPU, "auto" or "chunked"
+    generator  of the CPU: what gradient_skip draws from, torch's default generator if None. Nothing is
+            drawn where no gradient is formed. Activation checkpointing rewinds the default generator
+            for its recomputation, not this one; either way the estimate is unbiased. Ranks that train
+            together need different seeds, or their errors may add up
 
     Dtypes: hidden and bias are cast to the weight's dtype or, inside torch.autocast, all three to
     the autocast dtype (a float64 weight stays float64). Softmax, sums and the accumulation of the
@@ -128,9 +147,12 @@ def linear_sparse_kd(
     Raises ValueError for shapes, devices or options that do not fit, a label or an id outside
     [0, V), a duplicate id in a row, a tail although the ids cover all V tokens (forward), and a row
     whose reverse KL is infinite; each names the first such position. NotImplementedError for
-    what "triton" does not do, and in a backward with create_graph=True.
+    what "triton" does not do, gradient_skip on another device than the CPU, and in a backward with
+    create_graph=True.
     """
-    terms = _Terms(gamma, temperature, direction, _check_implementation(implementation, direction))
+    skip = None if gradient_skip is None else GradientSkip(gradient_skip, generator)
+    by_triton = _check_implementation(implementation, direction, skip, hidden.device)
+    terms = _Terms(gamma, temperature, direction, by_triton, softcap, skip)
     _check_shapes(hidden, "hidden", "d", labels, targets)
     _check_layer(hidden, weight, bias)
     operand = _operand_dtype(weight)
@@ -156,6 +178,8 @@ class _Terms:
     temperature: float
     direction: Direction
     by_triton: bool = False
+    softcap: float | None = None
+    skip: GradientSkip | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
@@ -164,6 +188,8 @@ class _Terms:
             raise ValueError(f"temperature {self.temperature}: expected a finite number > 0")
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f'direction {self.direction!r}: expected "forward" or "reverse"')
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap {self.softcap}: expected a finite number > 0, or None")
 
     def total(self, ce: Tensor, kl: Tensor) -> Tensor:
         """ce + gamma T^2 kl; an infinite kl does not matter where gamma is 0."""
@@ -279,19 +305,37 @@ def _chunked(
     logits = h.new_empty(rows, vocab, dtype=accumulator)
     one_softmax = terms.temperature == 1 or not batch.ids.numel() or terms.by_triton
     softened = None if one_softmax else torch.empty_like(logits)
+    slopes = torch.empty_like(logits) if terms.softcap is not None and any(wanted) else None
     ce, kl = h.new_empty(2, n, dtype=accumulator)
     for start in range(0, n, max(rows, 1)):
         part = slice(start, min(start + rows, n))
         z = _matmul_(logits[: part.stop - start], h[part], w.t())
         if b is not None:
             z.add_(b)
+        slope = None if slopes is None else slopes[: len(z)]
+        if terms.softcap is not None:
+            _soft_cap_(z, terms.softcap, slope)
         rows_of = batch.rows(part)
         if terms.by_triton:
             ce[part], kl[part] = _triton_loss_and_gradient_(z, rows_of, terms, any(wanted))
         else:
             ce[part], kl[part] = _loss_and_gradient_(z, rows_of, terms, softened, any(wanted))
-        _add_gradients_(gradients, part, z, h[part], w)
+        if slope is not None:
+            z.mul_(slope)
+        _add_gradients_(gradients, part, z, h[part], w, terms.skip)
     return ce.sum(), kl.sum(), gradients
+
+
+def _soft_cap_(z: Tensor, cap: float, slope: Tensor | None) -> None:
+    """In place z = cap tanh(z / cap); `slope`, if given, becomes dz_out / dz_in = 1 / cosh(z_in / cap)^2.
+
+    Not 1 - tanh^2, which has no digits left where the cap holds a logit down: 1 % off at 6 to 7 caps' worth in
+    float32. cosh overflows to inf and the slope to 0, as it should.
+    """
+    z.div_(cap)
+    if slope is not None:
+        torch.cosh(z, out=slope).square_().reciprocal_()
+    z.tanh_().mul_(cap)
 
 
 def _add_gradients_(
@@ -300,12 +344,20 @@ def _add_gradients_(
     dz: Tensor,
     h: Tensor,
     w: Tensor,
+    skip: GradientSkip | None,
 ) -> None:
     """The share of one chunk: dz [n, V] is d total / d logits, h [n, d] its hidden states."""
     d_hidden, d_weight, d_bias = gradients
     if d_bias is not None:
         d_bias.add_(dz.sum(0))
     dz = dz.to(h.dtype)
+    if skip is not None and (d_hidden is not None or d_weight is not None) and skip.pays(dz):
+        survivors = skip.draw(dz)
+        if d_hidden is not None:
+            d_hidden[part] = survivors.times(w)
+        if d_weight is not None:
+            survivors.add_transposed_times_(d_weight, h)
+        return
     if d_hidden is not None:
         _matmul_(d_hidden[part], dz, w)
     if d_weight is not None:
@@ -534,10 +586,16 @@ def _refuse(live: Tensor, findings: list[tuple[Tensor, Callable[[int], str]]]) -
             raise ValueError(f"position {int(live[row])} has {reason(row)}")
 
 
-def _check_implementation(implementation: str, direction: Direction) -> bool:
+def _check_implementation(
+    implementation: str, direction: Direction, skip: GradientSkip | None, device: torch.device
+) -> bool:
     """True for the Triton kernel."""
     if implementation not in ("auto", "chunked", "triton"):
         raise ValueError(f'implementation {implementation!r}: expected "auto", "chunked" or "triton"')
+    if skip is not None and (implementation == "triton" or device.type != "cpu"):
+        raise NotImplementedError(
+            f'gradient_skip with implementation "{implementation}" on {device.type}: "chunked" on a CPU has it'
+        )
     if implementation != "triton":
         return False
     if direction != "forward":

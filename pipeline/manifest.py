@@ -175,6 +175,11 @@ class Distill(Section):
     gamma: Annotated[float, Field(ge=0)] = Field(0.2, description="weight of KL beside CE (0.2 in the paper)")
     temperature: Temperature = Field(1.0, description="one of cache.temperatures")
     temperature_squared: bool = Field(True, description="multiply KL by T^2; the paper prints none (T = 1)")
+    gradient_skip: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="CPU: leave out small output-layer gradients at random, unbiased, at this threshold per token"
+        " (1e-3 is mild); saves much of the loss's time where the student is confident",
+    )
     direction: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or reverse (needs a scheme with a tail bucket)"
     )

@@ -235,9 +235,11 @@ class Run:
             group["lr"] = rate
         labels = sum(int((window.labels != NO_LABEL).sum()) for window in windows)
         sums = np.zeros(3)
+        # of gradient_skip: a pure function of seed and step, so that a resumed run draws the same
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + position.step)
         for start in range(0, len(windows), self.options.micro_batch_windows):
             batch = Batch.of(windows[start : start + self.options.micro_batch_windows], self.device)
-            loss = self._loss(batch)
+            loss = self._loss(batch, generator)
             (loss.total / max(labels, 1)).backward()
             sums += [
                 float(loss.total.detach()),
@@ -268,7 +270,7 @@ class Run:
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
 
-    def _loss(self, batch: Batch) -> Any:
+    def _loss(self, batch: Batch, generator: torch.Generator) -> Any:
         options = self.options
         squared = 1.0 if options.temperature_squared else options.temperature**-2
         with self._autocast():
@@ -279,6 +281,8 @@ class Run:
                 gamma=options.gamma * squared,
                 temperature=options.temperature,
                 direction=options.direction,
+                gradient_skip=options.gradient_skip,
+                generator=generator,
             )
 
     def _autocast(self) -> Any:

@@ -343,6 +343,17 @@ def test_micro_batches_do_not_change_the_step(with_cache: Project, tmp_path: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_gradient_skip_is_reproducible_and_near_the_exact_run(with_cache: Project, tmp_path: Path) -> None:
+    losses = []
+    for name, skip in (("exact", "null"), ("a", "1e-2"), ("b", "1e-2")):
+        sets = [f"distill.name={name}", f"distill.gradient_skip={skip}"]
+        changed = load_project(tmp_path / "manifest.yaml", sets)
+        distill(changed)
+        losses.append(pq.read_table(changed.run / "steps.parquet").column("loss").to_pylist())
+    assert losses[1] == losses[2]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_learning_rate_shape(project: Project) -> None:
     options = project.manifest.distill.model_copy(update={"steps": 100})
     rates = [learning_rate(options, step) for step in range(100)]

@@ -11,8 +11,10 @@ sources, float32; the student's hidden states are the teacher's + 15% noise, the
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import inspect
-import resource
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,12 +140,20 @@ class Problem:
 def peak_bytes(arguments: argparse.Namespace, name: str) -> int:
     """Growth of the resident set while one variant runs once, in a process of its own."""
     command = [sys.executable, "-P", __file__, "--peak", name, "--rows", str(arguments.rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "MALLOC_ARENA_MAX": "2",
+    }  # and with it glibc's own ways, which give memory back
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
-def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_resident(reset: bool = False) -> int:
+    """Largest resident set since the last reset, bytes (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:
@@ -160,9 +170,11 @@ def main() -> None:
     problem = Problem(arguments.rows)
     if arguments.peak:
         problem.prepare(arguments.peak)
-        before = resident()
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading the model has left behind
+        before = peak_resident(reset=True)
         problem.variants()[arguments.peak]()
-        print(resident() - before)
+        print(peak_resident() - before)
         return
     problem.prepare("dense KD")
     seconds = alternate(problem.variants(), arguments.rounds)

@@ -32,7 +32,7 @@ to the exact gradient of the same tokens, time relative to cross-entropy on full
 
 (CPU time, medians of 5; cross-entropy itself took 4.7 to 6.7 s from run to run.) 1e-3 is a good first choice:
 the forward pass is most of what is left. At T = 2, which takes a second softmax, 1e-3 saves less: 0.67 of the
-exact time. On drawn hidden states whose student has an entropy of 6 nats (as in `benchmarks/loss.py`) 2e-3 keeps
+exact time. On drawn hidden states with an entropy of 6 nats 2e-3 keeps
 0.35 %, errs by 1.8 % in both and takes 0.53 of the exact time.
 
 Not studied: what Adam's second moment and gradient clipping make of the noise over a long training run.

@@ -9,7 +9,7 @@ on "every other token" (SparseTargets), DESIGN section 4 reads, at a position wi
     reverse = sum_K s (log s - log w) + s_tail (log s_tail - log w_tail)      KL(student || teacher)
     total   = sum over labelled positions of CE + gamma T^2 KL
 
-With a soft cap c (Gemma), z = c tanh(raw / c) of the output layer's raw logits; T divides what it let through.
+With a soft cap c (Gemma), z = c tanh(raw / c) of the output layer's raw logits; T divides what comes out.
 All is a sum over labelled positions and never a mean; divide by `SparseKdLoss.positions`.
 `sparse_kd_reference` writes this down densely in float64, `linear_sparse_kd` avoids the [N, V].
 """
@@ -329,7 +329,7 @@ def _chunked(
 def _soft_cap_(z: Tensor, cap: float, slope: Tensor | None) -> None:
     """In place z = cap tanh(z / cap); `slope`, if given, becomes dz_out / dz_in = 1 / cosh(z_in / cap)^2.
 
-    Not 1 - tanh^2, which has no digits left where the cap holds a logit down: 1 % off at 6 to 7 caps' worth in
+    Not 1 - tanh^2, whose digits are gone where the cap holds a logit down: 1 % off at 6 to 7 caps in
     float32. cosh overflows to inf and the slope to 0, as it should.
     """
     z.div_(cap)
@@ -594,7 +594,7 @@ def _check_implementation(
         raise ValueError(f'implementation {implementation!r}: expected "auto", "chunked" or "triton"')
     if skip is not None and (implementation == "triton" or device.type != "cpu"):
         raise NotImplementedError(
-            f'gradient_skip with implementation "{implementation}" on {device.type}: "chunked" on a CPU has it'
+            f'gradient_skip with implementation "{implementation}" on {device.type}: use "chunked" on a CPU'
         )
     if implementation != "triton":
         return False

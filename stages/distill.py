@@ -112,6 +112,11 @@ class Run:
         self.rule = mixing.make_rule(self.options.mixing, alpha=self.options.alpha, sizes=self.sizes)
         self.tokenizer = self._tokenizer()
         self.device = torch.device(pick_device(self.options.device))
+        if self.options.gradient_skip is not None and self.device.type != "cpu":
+            raise DdkError(
+                f"distill.gradient_skip: works on a CPU only, and the student is on {self.device}",
+                hint="leave it out, or set distill.device: cpu",
+            )
         lm = build_student(project, vocab_size=self.reader.spec.vocab_size, seed=self.options.seed)
         self.student = DistillStudent(lm.to(self.device))
         self.optimizer = make_optimizer(self.student, self.options, self.device)

@@ -214,7 +214,7 @@ def test_activation_checkpointing_alone(tied: bool) -> None:
 
 @pytest.mark.parametrize("tau", [None, 1e-2])
 def test_checkpointing_of_the_loss_itself(tau: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputed in the backward pass; with the default generator a gradient_skip draws the same once more."""
+    """Recomputed in the backward pass; from the default generator gradient_skip draws the same again."""
     monkeypatch.setattr(gradient_skip, "BREAK_EVEN_SHARE", float("inf"))  # else so small a case is exact
     _, labels, targets = make_batch()
     gen = torch.Generator().manual_seed(2)

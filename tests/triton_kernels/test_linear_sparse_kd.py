@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,33 +41,21 @@ def test_every_case_against_float64() -> None:
     assert not over
 
 
-def tiny() -> SparseTargets:
-    return SparseTargets(
+def call_on_the_cpu(**options: Any) -> None:
+    """One position, two hidden units, four tokens."""
+    targets = SparseTargets(
         ids=torch.tensor([[1]]).int(), logprobs=torch.zeros(1, 1), tail=torch.tensor([float("-inf")])
     )
+    hidden, weight, labels = torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([1])
+    linear_sparse_kd(hidden, weight, labels, targets, gamma=1.0, implementation="triton", **options)
 
 
 def test_reverse_kl_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="forward KL only"):
-        linear_sparse_kd(
-            torch.zeros(1, 2),
-            torch.zeros(4, 2),
-            torch.tensor([1]),
-            tiny(),
-            gamma=1.0,
-            direction="reverse",
-            implementation="triton",
-        )
+        call_on_the_cpu(direction="reverse")
 
 
 @needs_triton
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match="logits on the CPU"):
-        linear_sparse_kd(
-            torch.zeros(1, 2),
-            torch.zeros(4, 2),
-            torch.tensor([1]),
-            tiny(),
-            gamma=1.0,
-            implementation="triton",
-        )
+        call_on_the_cpu()

@@ -20,6 +20,7 @@ moves it inside its step towards what the explicit weights leave).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets
 CODES = 255
 LOG_STEPS = 2048  # codes per nat
 NO_LOG = 65535  # the log code of "none": -inf for a tail, NaN for a label
+MOST_PADDED = (
+    1 << 26
+)  # positions times entries of the widest one: a stranger's window may not fill the memory
 LEAST_SHARE = 1e-7  # weight of an implied entry where rounding left none
 
 
@@ -58,19 +62,16 @@ class Ranks:
         return cls(id_of, rank_of)
 
 
-@dataclass(frozen=True)
-class Planes:
-    """One window of L positions: counts u16 [L, 2] (explicit, implied), gaps [entries] (all explicit ones by
-    position, then all implied ones), codes u8 [explicit entries], tails u16 [L] (log codes)."""
-
-    counts: NDArray[np.uint16]
-    gaps: NDArray[np.unsignedinteger]
-    codes: NDArray[np.uint8]
-    tails: NDArray[np.uint16]
+Planes = dict[str, NDArray[Any]]  # of one window of L positions, by name, each one-dimensional
 
 
 class Codec:
-    """Encodes and decodes windows of one cache: a pure function of the plan and the rank table."""
+    """Encodes and decodes windows of one cache: a pure function of the plan and the rank table.
+
+    Planes of a window of L positions: `explicit`, `implied` u16 [L] (entries of each kind by position), `gaps` u16 or
+    u32 [entries] (all explicit ones by position, then all implied ones), `codes` u8 [explicit entries], and under
+    schemes with a tail `tails` u16 [L] (log codes).
+    """
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
@@ -79,6 +80,13 @@ class Codec:
         floor = self.lowest**0.25
         self._floor, self._step = floor, (1 - floor) / CODES
         self._table = (floor + self._step * np.arange(CODES + 1)) ** 4
+
+    @property
+    def planes(self) -> dict[str, np.dtype[Any]]:
+        """Names and dtypes of the planes of one temperature."""
+        dtypes = {"explicit": np.dtype("u2"), "implied": np.dtype("u2"), "gaps": self.gap_dtype}
+        tails = {"tails": np.dtype("u2")} if self.plan.has_tail else {}
+        return {**dtypes, "codes": np.dtype("u1"), **tails}
 
     def error_bound(self, weight: float) -> float:
         """Largest |delta w| of an explicit weight before normalisation (module docstring)."""
@@ -95,23 +103,32 @@ class Codec:
         explicit = kept & (weights >= self.lowest * (1 - 1e-6)) if self.plan.scheme == "pps" else kept
         explicit_gaps, order = self._gaps(ids, explicit)
         implied_gaps, _ = self._gaps(ids, kept & ~explicit)
-        return Planes(
-            counts=np.stack([explicit.sum(1), (kept & ~explicit).sum(1)], axis=1).astype(np.uint16),
-            gaps=np.concatenate([explicit_gaps, implied_gaps]).astype(self.gap_dtype),
-            codes=self._codes(np.take_along_axis(weights, order, 1)[np.take_along_axis(explicit, order, 1)]),
-            tails=encode_log(targets.tail.cpu().numpy()),
-        )
+        planes: Planes = {
+            "explicit": explicit.sum(1).astype(np.uint16),
+            "implied": (kept & ~explicit).sum(1).astype(np.uint16),
+            "gaps": np.concatenate([explicit_gaps, implied_gaps]).astype(self.gap_dtype),
+            "codes": self._codes(
+                np.take_along_axis(weights, order, 1)[np.take_along_axis(explicit, order, 1)]
+            ),
+        }
+        if self.plan.has_tail:
+            planes["tails"] = encode_log(targets.tail.cpu().numpy())
+        return planes
 
     def decode(self, planes: Planes) -> SparseTargets:
-        """Raises ValueError if the planes contradict each other."""
-        counts = planes.counts.astype(np.int64)
-        explicit, implied = counts[:, 0], counts[:, 1]
-        if explicit.sum() != len(planes.codes) or counts.sum() != len(planes.gaps):
+        """Raises ValueError if the planes contradict each other. `gaps` and `codes` may end in zeros too many."""
+        explicit, implied = (planes[name].astype(np.int64) for name in ("explicit", "implied"))
+        cut, end = int(explicit.sum()), int(explicit.sum() + implied.sum())
+        gaps, codes = planes["gaps"][:end], planes["codes"][:cut]
+        if len(explicit) != len(implied) or len(codes) != cut or len(gaps) != end:
             raise ValueError("counts, gaps and codes do not fit together")
-        cut = int(explicit.sum())
+        if planes["gaps"][end:].any() or planes["codes"][cut:].any():
+            raise ValueError("something follows the last entry")
+        if int((explicit + implied).max(initial=0)) * len(explicit) > MOST_PADDED:
+            raise ValueError("rows too wide for the length of the window")
         positions = np.concatenate([_rows(explicit), _rows(implied)])
-        ids = np.concatenate([self._ids(planes.gaps[:cut], explicit), self._ids(planes.gaps[cut:], implied)])
-        weights, log_tail = self._weights(planes, explicit, implied, positions)
+        ids = np.concatenate([self._ids(gaps[:cut], explicit), self._ids(gaps[cut:], implied)])
+        weights, log_tail = self._weights(codes, planes.get("tails"), explicit, implied, positions)
         return _padded(ids, weights, positions, log_tail)
 
     def _gaps(
@@ -143,21 +160,22 @@ class Codec:
 
     def _weights(
         self,
-        planes: Planes,
+        codes: NDArray[np.uint8],
+        tails: NDArray[np.uint16] | None,
         explicit: NDArray[np.int64],
         implied: NDArray[np.int64],
         positions: NDArray[np.int64],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Weights of all entries and log tails, every row summing to 1."""
-        length, cut = len(explicit), len(planes.codes)
-        coded = planes.codes.astype(np.float64) if self.plan.scheme == "random" else self._table[planes.codes]
+        length, cut = len(explicit), len(codes)
+        coded = codes.astype(np.float64) if self.plan.scheme == "random" else self._table[codes]
         coded_sum = np.bincount(positions[:cut], coded, length).astype(np.float64)
-        if not self.plan.has_tail:
+        if tails is None:
             total = np.where(implied > 0, np.maximum(1.0, coded_sum + LEAST_SHARE * implied), coded_sum)
             share = (total - coded_sum) / np.maximum(implied, 1)
             weights = np.concatenate([coded, share[positions[cut:]]]) / total[positions]
             return weights, np.full(length, -np.inf)
-        tail = _tail(planes.tails, coded_sum)
+        tail = _tail(tails, coded_sum)
         scale = (1.0 - tail) / np.maximum(coded_sum, 1e-300)
         with np.errstate(divide="ignore"):  # no tail: log 0 = -inf is what we mean
             return coded * scale[positions], np.log(tail)

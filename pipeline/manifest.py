@@ -7,6 +7,7 @@ path is relative to the manifest's folder and may not leave it; an absolute path
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,12 @@ import yaml
 from pydantic import Field
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0.05, le=20)]
+MOST_SHARD_WINDOWS = 1 << 16  # a shard's index and its commit record stay small
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -110,7 +113,9 @@ class Teacher(Section):
 class Cache(Section):
     """What is kept of the teacher's predictions."""
 
-    path: str | None = Field(None, description="folder of the cache; none: <output>/cache")
+    path: str | None = Field(
+        None, description="folder of the cache, or a URL such as s3://bucket/prefix; none: <output>/cache"
+    )
     scheme: Literal["pps", "threshold", "topk", "random"] = Field(
         "pps",
         description="pps: unbiased, few entries; threshold and topk: a head and one bucket; random: draws with replacement",
@@ -125,7 +130,9 @@ class Cache(Section):
         [1.0], min_length=1, description="each is its own exact or unbiased target set, paid for in bytes"
     )
     seed: int = Field(0, ge=0, description="of the draws")
-    shard_windows: Positive = Field(64, description="windows per shard: the unit of work, commit and retry")
+    shard_windows: Annotated[int, Field(ge=1, le=MOST_SHARD_WINDOWS)] = Field(
+        64, description="windows per shard: the unit of work, commit and retry"
+    )
 
 
 class Student(Section):
@@ -263,10 +270,13 @@ class Project:
     def tokens(self) -> Path:
         return self.output / "tokens"
 
-    @property
-    def cache(self) -> Path:
+    @functools.cached_property
+    def cache(self) -> Folder:
+        """Where the teacher's predictions are; raises DdkError for a URL of an unknown kind."""
         named = self.manifest.cache.path
-        return self.path(named, field="cache.path") if named else self.output / "cache"
+        if named and is_url(named):
+            return open_folder(named)
+        return open_folder(self.path(named, field="cache.path") if named else self.output / "cache")
 
     @property
     def run(self) -> Path:

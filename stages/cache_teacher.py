@@ -15,6 +15,7 @@ from ddk_pipe.pipeline.cache import (
     CacheSpec,
     CacheWriter,
     Shard,
+    ShardRecord,
     all_shards,
     committed,
     ranks_digest,
@@ -34,6 +35,7 @@ from ddk_pipe.pipeline.models import (
     weights_digest,
 )
 from ddk_pipe.pipeline.selection import Plan
+from ddk_pipe.pipeline.storage import Folder, LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN, Split, labels_of, tokenizer_digest, tokenizer_size
 from ddk_pipe.stages.engines import local
@@ -69,15 +71,17 @@ def cache_teacher(project: Project) -> Outcome:
     splits = prepare(project)
     vocab_size = int(text_config(config).vocab_size)
     spec, ranks = make_spec(project, splits, plan, folder, vocab_size)
-    writer = CacheWriter(project.cache, spec, ranks)
+    cache = project.cache
+    writer = CacheWriter(cache, spec, ranks)
     pending = [shard for shard in writer.pending() if shard.domain in splits]
     total = len([shard for shard in all_shards(writer.spec) if shard.domain in splits])
     if not pending:
         say(f"cache-teacher: nothing to do, all {total} shards are committed; the teacher was not loaded")
-        return Outcome(0, total, 0, 0.0, bytes_per_position(project.cache, writer.spec))
+        return Outcome(0, total, 0, 0.0, bytes_per_position(cache, writer.spec))
     positions = sum(shard.windows for shard in pending) * spec.seq_len
     expected = positions * (EXPECTED_BYTES[plan.scheme] * len(plan.temperatures) + 6)
-    need_space(project.cache, int(expected), what="the cache")
+    if isinstance(cache, LocalFolder):
+        need_space(cache.path, int(expected), what="the cache")
     if len(pending) < total:
         say(f"cache-teacher: {total - len(pending)} of {total} shards are committed already")
     say(f"cache-teacher: loading {folder} with {backend}")
@@ -160,8 +164,10 @@ def _run(
     with track("cache-teacher", everything, "positions", done=everything - positions) as advance:
 
         def work(shard: Shard) -> None:
+            if writer.is_committed(shard):  # by another process since we looked
+                return advance(shard.windows * seq_len, shard.name)
             record = _shard(writer, teacher, splits[shard.domain][shard.split], shard, project, advance)
-            per_position = record["target_bytes"] / max(record["positions"], 1)
+            per_position = record.target_bytes / max(record.positions, 1)
             advance(0, f"{shard.name} {per_position:.1f} B/position")
 
         local.run(pending, work)
@@ -176,7 +182,7 @@ def _run(
 
 def _shard(
     writer: CacheWriter, teacher: Teacher, split: Split, shard: Shard, project: Project, advance: Any
-) -> dict[str, Any]:
+) -> ShardRecord:
     began = time.monotonic()
     tokens, loss_mask = split.window(slice(shard.first_window, shard.first_window + shard.windows))
     labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
@@ -193,8 +199,8 @@ def _shard(
     return writer.write(shard, tokens, loss_mask, selected, facts)
 
 
-def bytes_per_position(folder: Path, spec: CacheSpec) -> float:
+def bytes_per_position(folder: Folder, spec: CacheSpec) -> float:
     """Bytes of targets on disk per position with a label (tokens and masks left out)."""
     records = [record for _, record in committed(folder, spec)]
-    positions = sum(record["positions"] for record in records)
-    return float(sum(record["target_bytes"] for record in records) / max(1, positions))
+    positions = sum(record.positions for record in records)
+    return float(sum(record.target_bytes for record in records) / max(1, positions))

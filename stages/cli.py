@@ -173,16 +173,19 @@ def distill(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides 
 
 @app.command()
 @friendly
-def inspect(path: Annotated[Path, typer.Argument(help="a folder that ddk-pipe wrote")]) -> None:
+def inspect(
+    place: Annotated[str, typer.Argument(help="a folder that ddk-pipe wrote, or the URL of a cache")],
+) -> None:
     """Say what a tokens, cache, run or output folder holds, in one screen.
 
     \b
     Example:
       ddk-pipe inspect out/cache
+      ddk-pipe inspect s3://bucket/cache
     """
     from ddk_pipe.stages.inspect import inspect as run
 
-    run(path)
+    run(place)
 
 
 @app.command()

@@ -70,11 +70,11 @@ def summarise_demo(project: Project) -> dict[str, Any]:
     spec = read_spec(project.cache)
     records = [record for _, record in committed(project.cache, spec)]
     splits = [open_split(project.tokens / name / split).facts for name in domains for split in SPLITS]
-    labelled = sum(record["positions"] for record in records)
-    predicted = sum(record["windows"] for record in records) * spec.seq_len
+    labelled = sum(record.positions for record in records)
+    predicted = sum(record.windows for record in records) * spec.seq_len
     seconds = {
         "prepare": sum(facts.seconds for facts in splits) / len(SPLITS),
-        "cache_teacher": sum(record["seconds"] for record in records),
+        "cache_teacher": sum(record.seconds for record in records),
         "distill": run["seconds"],
     }
     return {
@@ -84,9 +84,9 @@ def summarise_demo(project: Project) -> dict[str, Any]:
         "gap_last": sum(facts["student_ce_last"] - facts["teacher_ce"] for facts in domains.values())
         / len(domains),
         "cache": {
-            "bytes_per_position": sum(record["target_bytes"] for record in records) / labelled,
+            "bytes_per_position": sum(record.target_bytes for record in records) / labelled,
             "positions": labelled,
-            "backend": records[0]["teacher"]["engine"],
+            "backend": records[0].teacher["engine"],
         },
         "seconds": seconds,
         "positions_per_second": {

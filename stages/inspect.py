@@ -12,18 +12,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 
-def inspect(path: Path) -> None:
-    """Print tables about the tokens, caches and runs in `path`; raises DdkError if it holds none."""
+def inspect(place: str) -> None:
+    """Print tables about the tokens, caches and runs in a folder, or the cache at a URL.
+
+    Raises DdkError if there is none.
+    """
     console = terminal()
     found = False
-    for table in _tables(path):
+    for table in _cache(open_folder(place)) if is_url(place) else _tables(Path(place)):
         console.print(table)
         found = True
     if not found:
         raise DdkError(
-            f"{path}: no tokens, cache or run of ddk-pipe", hint="name an output folder or a part of one"
+            f"{place}: no tokens, cache or run of ddk-pipe", hint="name an output folder or a part of one"
         )
 
 
@@ -35,7 +39,7 @@ def terminal() -> Console:
 
 def _tables(path: Path) -> Iterator[Table]:
     if (path / "cache.json").is_file():
-        yield from _cache(path)
+        yield from _cache(open_folder(path))
     elif (path / "steps.jsonl").is_file():
         yield from _run(path)
     elif splits := _splits(path):
@@ -86,11 +90,11 @@ def _tokens(path: Path, splits: list[Path]) -> Table:
     return table
 
 
-def _cache(path: Path) -> Iterator[Table]:
-    from ddk_pipe.pipeline.cache import committed, read_spec
+def _cache(folder: Folder) -> Iterator[Table]:
+    from ddk_pipe.pipeline.cache import ShardRecord, committed, read_spec
 
-    spec = read_spec(path)
-    facts = _table(f"cache {path}", "what", "value")
+    spec = read_spec(folder)
+    facts = _table(f"cache {folder.name}", "what", "value")
     for name, value in {**spec.about, **spec.identity(), "fingerprint": spec.fingerprint}.items():
         text = (
             ", ".join(f"{key} {inner}" for key, inner in value.items())
@@ -109,18 +113,16 @@ def _cache(path: Path) -> Iterator[Table]:
         "bytes/position",
         "teacher nats/token",
     )
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for shard, record in committed(path, spec):
+    rows: dict[str, list[ShardRecord]] = {}
+    for shard, record in committed(folder, spec):
         rows.setdefault(f"{shard.domain}/{shard.split}", []).append(record)
     for name, sizes in spec.domains.items():
         for split, size in sizes.items():
             records = rows.get(f"{name}/{split}", [])
-            positions = sum(record["positions"] for record in records)
+            positions = sum(record.positions for record in records)
 
-            def per_position(
-                field: str, records: list[dict[str, Any]] = records, n: int = positions
-            ) -> float:
-                return float(sum(record[field] for record in records) / max(n, 1))
+            def per_position(field: str, records: list[ShardRecord] = records, n: int = positions) -> float:
+                return float(sum(getattr(record, field) for record in records) / max(n, 1))
 
             table.add_row(
                 escape(f"{name}/{split}"),

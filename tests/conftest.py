@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 
 import pytest
 import torch
+from s3 import new_prefix, s3_server
 from tiny import MakeProject, make_model, make_tokenizer, write_project
 
+from ddk_pipe.pipeline.storage import Folder, open_folder
 from ddk_pipe.stages.runtime import prepare_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,29 @@ def cached(make_project: MakeProject, cached_output: Path, tmp_path: Path) -> Pa
     path = make_project()
     shutil.copytree(cached_output, tmp_path / "out")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """A local S3 server, one per test run."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_url(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix on the local S3, reachable through the environment."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return new_prefix()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """An empty folder of each kind."""
+    if request.param == "s3":
+        return open_folder(str(request.getfixturevalue("s3_url")))
+    return open_folder(tmp_path / "place")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from s3 import together
 
 from ddk_pipe.pipeline import cache as cache_module
 from ddk_pipe.pipeline import durable
@@ -19,16 +24,22 @@ from ddk_pipe.pipeline.cache import (
     CacheSpec,
     CacheWriter,
     Shard,
+    ShardRecord,
     SplitSize,
     all_shards,
     check_shard,
+    committed,
+    group_of,
     ranks_digest,
+    read_record,
     read_spec,
     shards_of,
+    verify_shard,
 )
 from ddk_pipe.pipeline.codec import Ranks
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, labels_of
 
@@ -64,7 +75,7 @@ def window(
     return tokens, mask, select_logits(logits, labels, plan, uniforms)
 
 
-def write_shard(writer: CacheWriter, shard: Shard) -> dict[str, Any]:
+def write_shard(writer: CacheWriter, shard: Shard) -> ShardRecord:
     numbers = range(shard.first_window, shard.first_window + shard.windows)
     tokens, masks, selected = zip(*(window(shard, n, writer.spec.plan) for n in numbers), strict=True)
     return writer.write(shard, np.stack(tokens), np.stack(masks), list(selected), {"seconds": 1.0})
@@ -85,26 +96,47 @@ def make_plan(scheme: str = "pps", **changes: Any) -> Plan:
 RANKS = Ranks.fit(np.random.default_rng(0).integers(0, 50, VOCAB))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def fill(folder: Folder) -> CacheWriter:
     """A complete cache of two domains."""
-    writer = CacheWriter(tmp_path / "cache", make_spec(make_plan(), RANKS), RANKS)
+    writer = CacheWriter(folder, make_spec(make_plan(), RANKS), RANKS)
     for shard in writer.pending():
         write_shard(writer, shard)
-    return tmp_path / "cache"
+    return writer
 
 
-FIRST = Shard("code", TRAIN, 0, 0, 4)
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = LocalFolder(tmp_path_factory.mktemp("filled") / "cache")
+    fill(folder)
+    return folder.path
+
+
+@pytest.fixture
+def folder(filled: Path, tmp_path: Path) -> LocalFolder:
+    """A complete cache, the test's own."""
+    shutil.copytree(filled, tmp_path / "cache")
+    return LocalFolder(tmp_path / "cache")
+
+
+def group_path(folder: LocalFolder, shard: Shard) -> Path:
+    """Where the arrays of a committed shard are."""
+    record = read_record(folder, shard, read_spec(folder))
+    assert record is not None
+    return folder.path / group_of(shard, record)
+
+
+FIRST, SECOND = Shard("code", TRAIN, 0, 0, 4), Shard("code", TRAIN, 1, 4, 4)
 
 
 @pytest.mark.parametrize("scheme", ["pps", "threshold", "topk", "random"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_is_read_is_what_was_written(tmp_path: Path, scheme: str, temperature: float) -> None:
-    writer = CacheWriter(tmp_path, make_spec(make_plan(scheme), RANKS), RANKS)
+    folder = LocalFolder(tmp_path)
+    writer = CacheWriter(folder, make_spec(make_plan(scheme), RANKS, domains={"code": SIZES}), RANKS)
     for shard in writer.pending():
         write_shard(writer, shard)
-    reader = CacheReader(tmp_path, temperature)
-    reader.require_complete(["code", "plays"])
+    reader = CacheReader(folder, temperature)
+    reader.require_complete(["code"])
     for shard in all_shards(writer.spec):
         for number in range(shard.first_window, shard.first_window + shard.windows):
             tokens, mask, selected = window(shard, number, writer.spec.plan)
@@ -118,12 +150,12 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, scheme: str, temperatu
             assert got.targets.ids.equal(wanted.ids) and got.targets.logprobs.equal(wanted.logprobs)
 
 
-def test_plain_zarr_reads_the_arrays_and_thirty_lines_of_numpy_decode_them(folder: Path) -> None:
+def test_plain_zarr_reads_the_arrays_and_thirty_lines_of_numpy_decode_them(folder: LocalFolder) -> None:
     """The recipe of docs/cache-format.md, with nothing of ours."""
-    group: Any = zarr.open_group(folder / "code" / TRAIN / "00001.zarr", mode="r")
-    id_of = np.load(folder / "ranks.npy", allow_pickle=False)
+    group: Any = zarr.open_group(group_path(folder, SECOND), mode="r")
+    id_of = np.load(folder.path / "ranks.npy", allow_pickle=False)
     tau, row = 0.02, 2
-    counts = group["t0/counts"][row].astype(int)
+    counts = np.stack([group["t0/explicit"][row], group["t0/implied"][row]], axis=1).astype(int)
     explicit, implied = counts.sum(0)
     gaps = group["t0/gaps"][row][: explicit + implied].astype(int)
     codes = group["t0/codes"][row][:explicit].astype(float)
@@ -156,7 +188,7 @@ def test_plain_zarr_reads_the_arrays_and_thirty_lines_of_numpy_decode_them(folde
 def test_positions_without_label_cost_no_entries(tmp_path: Path, scheme: str) -> None:
     plan = make_plan(scheme, temperatures=(1.0,))
     writer = CacheWriter(
-        tmp_path, make_spec(plan, RANKS, domains={"code": {TRAIN: SplitSize(1, 4, "x")}}), RANKS
+        LocalFolder(tmp_path), make_spec(plan, RANKS, domains={"code": {TRAIN: SplitSize(1, 4, "x")}}), RANKS
     )
     (shard,) = writer.pending()
     tokens = np.zeros((1, SEQ_LEN), np.int64)
@@ -167,8 +199,8 @@ def test_positions_without_label_cost_no_entries(tmp_path: Path, scheme: str) ->
         torch.from_numpy(plan.uniforms("k", SEQ_LEN)),
     )
     record = writer.write(shard, tokens, np.zeros((1, SEQ_LEN), np.uint8), [nothing], {})
-    assert (record["entries"], record["positions"]) == (0, 0)
-    assert not (CacheReader(tmp_path, 1.0).read("code", TRAIN, 0).targets.ids >= 0).any()
+    assert (record.entries, record.positions) == (0, 0)
+    assert not (CacheReader(writer.folder, 1.0).read("code", TRAIN, 0).targets.ids >= 0).any()
 
 
 def test_shards_cover_every_window_once() -> None:
@@ -176,10 +208,10 @@ def test_shards_cover_every_window_once() -> None:
     assert [(shard.first_window, shard.windows) for shard in shards] == [(0, 4), (4, 4), (8, 2)]
 
 
-def test_computing_a_shard_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path / "again", make_spec(make_plan(), RANKS), RANKS)
-    write_shard(writer, FIRST)
-    one, other = (base / "code" / TRAIN / "00000.zarr" for base in (folder, tmp_path / "again"))
+def test_computing_a_shard_twice_gives_the_same_bytes(folder: LocalFolder, tmp_path: Path) -> None:
+    again = LocalFolder(tmp_path / "again")
+    write_shard(CacheWriter(again, make_spec(make_plan(), RANKS), RANKS), FIRST)
+    one, other = (group_path(cache, FIRST) for cache in (folder, again))
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files and all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
@@ -187,31 +219,116 @@ def test_computing_a_shard_twice_gives_the_same_bytes(folder: Path, tmp_path: Pa
 # --- commit protocol ------------------------------------------------------------------------------
 
 
-def test_a_crash_before_the_record_leaves_the_shard_pending_and_is_cleaned_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer = CacheWriter(tmp_path, make_spec(make_plan(), RANKS), RANKS)
-    with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_a_crash_before_the_record_leaves_the_shard_pending_and_is_cleaned_up(place: Folder) -> None:
+    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_shard(writer, FIRST)
-    assert FIRST in writer.pending()
-    reader = CacheReader(tmp_path, 1.0)
+    assert FIRST in writer.pending() and len(groups(place, FIRST)) == 1
+    reader = CacheReader(place, 1.0)
     with pytest.raises(DdkError, match="not committed"):
         reader.read("code", TRAIN, 0)
-    write_shard(CacheWriter(tmp_path, make_spec(make_plan(), RANKS), RANKS), FIRST)
-    assert FIRST not in writer.pending()
+    record = write_shard(CacheWriter(place, make_spec(make_plan(), RANKS), RANKS), FIRST)
+    assert FIRST not in writer.pending() and groups(place, FIRST) == {record.group}
     assert reader.read("code", TRAIN, 0).tokens.shape == (SEQ_LEN,)
 
 
-def test_incomplete_caches_are_named(tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path, make_spec(make_plan(), RANKS), RANKS)
+def groups(folder: Folder, shard: Shard) -> set[str]:
+    return {name.split("/")[2] for name in folder.names(f"{shard.name}.") if ".zarr/" in name}
+
+
+def test_of_two_writers_of_one_shard_one_wins_and_nothing_of_the_other_stays(place: Folder) -> None:
+    writers = [CacheWriter(place, make_spec(make_plan(), RANKS), RANKS) for _ in range(3)]
+    for shard in (FIRST, SECOND):
+        records = together(
+            *(lambda writer=writer, shard=shard: write_shard(writer, shard) for writer in writers)
+        )
+        assert all(isinstance(record, ShardRecord) for record in records), records
+        (group,) = {record.group for record in records if isinstance(record, ShardRecord)}
+        assert groups(place, shard) == {group}
+        verify_shard(place, shard, writers[0].spec, writers[0].codec)
+    assert not any("partial" in name for name in place.names())
+
+
+def test_two_processes_that_cache_the_same_shards(tmp_path: Path) -> None:
+    place = LocalFolder(tmp_path / "cache")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(fill_in_process, [place, place]))
+    reader = CacheReader(place, 1.0)
+    for shard in shards_of("code", TRAIN, SIZES[TRAIN]):
+        verify_shard(place, shard, reader.spec, reader.codec)
+        assert len(groups(place, shard)) == 1
+
+
+def fill_in_process(folder: Folder) -> None:
+    writer = CacheWriter(folder, make_spec(make_plan(), RANKS), RANKS)
+    for shard in shards_of("code", TRAIN, SIZES[TRAIN]):  # also those that the other one has committed by now
+        write_shard(writer, shard)
+
+
+def test_a_writer_whose_own_commit_is_reported_as_someone_elses(place: Folder) -> None:
+    """A store may lose the answer to a put and refuse the second try: the record is ours all the same."""
+    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    create = place.create
+
+    def twice(name: str, content: bytes) -> None:
+        create(name, content)
+        create(name, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "create", twice)
+        record = write_shard(writer, FIRST)
+    assert groups(place, FIRST) == {record.group}
+    verify_shard(place, FIRST, writer.spec, writer.codec)
+
+
+def test_the_first_of_two_new_caches_names_the_rank_table(tmp_path: Path) -> None:
+    others = Ranks.of(RANKS.id_of[::-1].copy())
+    place = LocalFolder(tmp_path)
+    one = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    two = CacheWriter(place, make_spec(make_plan(), others), others)
+    assert one.spec.fingerprint == two.spec.fingerprint
+    assert np.array_equal(two.ranks.id_of, RANKS.id_of)
+
+
+def test_a_label_the_teacher_thinks_impossible_stays_a_label(tmp_path: Path) -> None:
+    writer = CacheWriter(LocalFolder(tmp_path), make_spec(make_plan(), RANKS), RANKS)
+    tokens, masks, selected = zip(*(window(FIRST, n, writer.spec.plan) for n in range(4)), strict=True)
+    impossible = selected[1].label_logprobs.clone()
+    at = int((~impossible.isnan()).nonzero()[0, 0])
+    impossible[at] = float("-inf")
+    changed = [selected[0], replace(selected[1], label_logprobs=impossible), *selected[2:]]
+    writer.write(FIRST, np.stack(tokens), np.stack(masks), changed, {})
+    got = CacheReader(writer.folder, 1.0).read("code", TRAIN, 1)
+    assert np.array_equal(got.labels, labels_of(tokens[1], masks[1], no_label=NO_LABEL))
+    assert got.label_logprobs[at] < -31
+    with pytest.raises(ValueError, match="not those of the labels"):
+        writer.write(FIRST, np.stack(tokens), np.ones_like(np.stack(masks)), changed, {})
+
+
+def test_incomplete_caches_are_named(place: Folder) -> None:
+    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
     write_shard(writer, FIRST)
     with pytest.raises(DdkError, match="2 of 3 shards of code/train are not there yet"):
-        CacheReader(tmp_path, 1.0).require_complete(["code"])
+        CacheReader(place, 1.0).require_complete(["code"])
 
 
-def test_a_new_domain_joins_and_nothing_else_may_change(folder: Path) -> None:
+def test_many_threads_read_one_reader(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+    folder = LocalFolder(folder.path)
+    folder._open_files._limit = 3  # files are closed while others still read them
+    reader = CacheReader(folder, 1.0)
+    wanted = [reader.read("code", TRAIN, number).tokens for number in range(10)]
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).integers(0, 10, 60)
+        return all(np.array_equal(reader.read("code", TRAIN, int(n)).tokens, wanted[n]) for n in order)
+
+    assert together(*(lambda seed=seed: read(seed) for seed in range(6))) == [True] * 6
+
+
+def test_a_new_domain_joins_and_nothing_else_may_change(folder: LocalFolder) -> None:
     more = {"new": {TRAIN: SplitSize(2, 4, "n")}}
     writer = CacheWriter(folder, make_spec(make_plan(), RANKS, domains=more), RANKS)
     assert [shard.name for shard in writer.pending()] == ["new/train/00000"]
@@ -231,7 +348,7 @@ def test_a_new_domain_joins_and_nothing_else_may_change(folder: Path) -> None:
             CacheWriter(folder, make_spec(changes.pop("plan", make_plan()), RANKS, **changes), RANKS)
 
 
-def test_one_temperature_more_is_another_cache(folder: Path) -> None:
+def test_one_temperature_more_is_another_cache(folder: LocalFolder) -> None:
     with pytest.raises(DdkError, match="temperatures"):
         CacheWriter(folder, make_spec(make_plan(temperatures=(1.0, 2.0, 4.0)), RANKS), RANKS)
     with pytest.raises(DdkError, match=r"temperature 4.0 is not in the cache \(it has 1.0, 2.0\)"):
@@ -241,120 +358,232 @@ def test_one_temperature_more_is_another_cache(folder: Path) -> None:
 # --- damage: every case is an error that names the file -------------------------------------------
 
 
-def read_all(folder: Path) -> None:
+def read_all(folder: Folder) -> None:
     reader = CacheReader(folder, 1.0)
     for shard in all_shards(reader.spec):
         for number in range(shard.first_window, shard.first_window + shard.windows):
             reader.read(shard.domain, shard.split, number)
 
 
-def test_any_flipped_byte_of_a_shard_is_noticed(folder: Path) -> None:
-    group = folder / "code" / TRAIN / "00000.zarr"
+def verify_all(folder: Folder) -> None:
+    reader = CacheReader(folder, 1.0)
+    for shard in all_shards(reader.spec):
+        verify_shard(folder, shard, reader.spec, reader.codec)
+
+
+def test_verifying_finds_the_statistics_of_the_record(place: Folder) -> None:
+    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    for shard in (FIRST, SECOND):
+        write_shard(writer, shard)
+    for shard, record in committed(place, writer.spec):
+        facts = verify_shard(place, shard, writer.spec, writer.codec)
+        assert (facts.positions, facts.entries) == (record.positions, record.entries)
+        assert facts.label_nats == record.label_nats
+    assert [shard for shard, _ in committed(place, writer.spec)] == [FIRST, SECOND]
+
+
+def test_any_flipped_byte_of_a_shard_is_noticed(folder: LocalFolder) -> None:
+    """Verifying finds all of them; reading finds those it meets, and never returns other values."""
+    group = group_path(folder, FIRST)
     rng = np.random.default_rng(3)
+    right = [CacheReader(folder, 1.0).read("code", TRAIN, number) for number in range(4)]
     for path in sorted(path for path in group.rglob("*") if path.is_file()):
         content = path.read_bytes()
         for at in rng.integers(0, len(content), 3):
             damaged = bytearray(content)
             damaged[at] ^= 1 << int(rng.integers(8))
             path.write_bytes(damaged)
-            with pytest.raises(DdkError, match="not what was committed"):
-                CacheReader(folder, 1.0).read("code", TRAIN, 0)
+            with pytest.raises(DdkError, match=r"not what was committed; run `ddk-pipe verify .* --repair`"):
+                check_shard(folder, FIRST, read_spec(folder))
+            found = 0
+            for number in range(4):
+                try:
+                    got = CacheReader(folder, 1.0).read("code", TRAIN, number)
+                except DdkError as problem:
+                    assert group.name in str(problem) and "verify" in problem.hint
+                    found += 1
+                else:
+                    assert np.array_equal(got.tokens, right[number].tokens)
+                    assert np.array_equal(got.labels, right[number].labels)
+                    assert got.targets.logprobs.equal(right[number].targets.logprobs)
+            assert found >= (0 if "t1" in path.parts else 1)
         path.write_bytes(content)
     read_all(folder)
+    verify_all(folder)
 
 
 @pytest.mark.parametrize("target", ["gaps", "labels", "tokens"])
-def test_missing_and_truncated_files(folder: Path, target: str) -> None:
-    group = folder / "code" / TRAIN / "00000.zarr"
-    path = next(path for path in sorted(group.rglob(f"{target}/c/**/*")) if path.is_file())
+def test_missing_and_truncated_files(folder: LocalFolder, target: str) -> None:
+    path = next(
+        path for path in sorted(group_path(folder, FIRST).rglob(f"{target}/c/**/*")) if path.is_file()
+    )
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DdkError, match="not what was committed"):
+    with pytest.raises(DdkError, match=f"{target}/c/0/0: ends too early.*verify"):
         read_all(folder)
     path.unlink()
-    with pytest.raises(DdkError, match=r"committed but missing.*cache-teacher"):
-        read_all(folder)
+    with pytest.raises(DdkError, match=r"/c/0/0: committed but missing.*cache-teacher"):
+        read_all(LocalFolder(folder.path))
 
 
-def test_swapped_shards(folder: Path) -> None:
-    base = folder / "code" / TRAIN
-    base.joinpath("00000.zarr").rename(base / "x")
-    base.joinpath("00001.zarr").rename(base / "00000.zarr")
-    (base / "x").rename(base / "00001.zarr")
+def test_swapped_shards(folder: LocalFolder) -> None:
+    one, other = group_path(folder, FIRST), group_path(folder, SECOND)
+    one.rename(one.with_name("x"))
+    other.rename(one)
+    one.with_name("x").rename(other)
     with pytest.raises(DdkError, match="not what was committed"):
         read_all(folder)
 
 
-def test_shard_and_record_copied_over_another(folder: Path) -> None:
-    base = folder / "code" / TRAIN
-    shutil.rmtree(base / "00001.zarr")
-    shutil.copytree(base / "00000.zarr", base / "00001.zarr")
-    shutil.copy(base / "00000.json", base / "00001.json")
+def test_a_record_that_names_the_group_of_another_shard(folder: LocalFolder) -> None:
+    path = folder.path / FIRST.record
+    record = read_record(folder, SECOND, read_spec(folder))
+    assert record is not None
+    path.write_bytes(record.model_copy(update=vars(FIRST)).sealed())
+    with pytest.raises(DdkError, match="names the group of another shard"):
+        read_all(folder)
+    shutil.copy(folder.path / SECOND.record, path)
     with pytest.raises(DdkError, match="commit record of another shard"):
         read_all(folder)
 
 
-def test_window_number_inside_the_data_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if digests were fooled, a window never passes for another."""
-    base = folder / "code" / TRAIN
-    shutil.rmtree(base / "00001.zarr")
-    shutil.copytree(base / "00000.zarr", base / "00001.zarr")
-    monkeypatch.setattr(cache_module, "check_shard", lambda *_: {})
-    with pytest.raises(DdkError, match="window 4 holds another window"):
-        CacheReader(folder, 1.0).read("code", TRAIN, 4)
+def test_window_number_inside_the_data_is_compared(folder: LocalFolder) -> None:
+    """Even under a record that was made up for it, a window never passes for another."""
+    record = read_record(folder, SECOND, read_spec(folder))
+    assert record is not None
+    group = group_path(folder, SECOND)
+    group.rename(group.with_name("00000.01234567.zarr"))
+    made_up = record.model_copy(update={**vars(FIRST), "group": "00000.01234567.zarr"})
+    (folder.path / FIRST.record).write_bytes(made_up.sealed())
+    with pytest.raises(DdkError, match="window 0 holds another window"):
+        CacheReader(folder, 1.0).read("code", TRAIN, 0)
 
 
-def test_files_that_were_never_committed(folder: Path) -> None:
-    (folder / "code" / TRAIN / "00000.zarr" / "extra").write_text("x")
+def test_files_that_were_never_committed(folder: LocalFolder) -> None:
+    (group_path(folder, FIRST) / "extra").write_text("x")
     with pytest.raises(DdkError, match="was never committed"):
-        read_all(folder)
+        verify_all(folder)
 
 
 @pytest.mark.parametrize("edit", ["positions", "seal", "cut", "files"])
-def test_edited_commit_records(folder: Path, edit: str) -> None:
-    path = folder / "code" / TRAIN / "00000.json"
+def test_edited_commit_records(folder: LocalFolder, edit: str) -> None:
+    path = folder.path / FIRST.record
     record = json.loads(path.read_text())
     if edit == "cut":
         path.write_text(path.read_text()[:-20])
     else:
-        if edit == "files":
-            record["files"] = {"../../../../etc/passwd": {"bytes": 1, "blake2b": "0"}}
-        else:
-            record[edit] = 1
+        record[edit] = {"../../../../etc/passwd": {"bytes": 1, "blake2b": "0"}} if edit == "files" else 1
         path.write_text(json.dumps(record))
-    with pytest.raises(DdkError, match=r"00000\.json: damaged commit record"):
+    with pytest.raises(DdkError, match=r"00000\.json: damaged commit record.*verify"):
         read_all(folder)
 
 
-def test_a_sealed_record_cannot_lead_outside(folder: Path, tmp_path: Path) -> None:
-    """A stranger can seal a record; it still names files inside its shard only."""
-    path = folder / "code" / TRAIN / "00000.json"
-    record = json.loads(path.read_text())
-    del record["seal"]
-    secret = tmp_path / "secret"
-    secret.write_text("x")
-    record["files"]["../../../../secret"] = {"bytes": 1, "blake2b": durable.file_digest(secret)}
-    path.write_bytes(cache_module._sealed(record))
-    with pytest.raises(DdkError, match="committed but missing"):
-        check_shard(folder, FIRST, read_spec(folder))
+def resealed(folder: LocalFolder, **changes: Any) -> None:
+    """What a stranger can do: any values, and a seal that fits."""
+    path = folder.path / FIRST.record
+    values = {**json.loads(path.read_text()), **changes}
+    del values["seal"]
+    path.write_bytes(durable.to_json({**values, "seal": durable.digest(durable.to_json(values))}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"files": {"../../../secret": {"bytes": 1, "blake2b": "0"}}}, "leads outside"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "blake2b": "0"}}}, "leads outside"),
+        ({"files": {}}, "lacks 'zarr.json'"),
+        ({"checks": {}}, "lacks 'tokens'"),
+        ({"group": "../../../../tmp"}, "names the group of another shard"),
+        ({"group": "00001.01234567.zarr"}, "names the group of another shard"),
+        ({"group": "00000.01234567.zarr"}, "committed but missing"),
+        ({"positions": "12"}, "damaged commit record"),
+        ({"positions": -1}, "damaged commit record"),
+        ({"entries": 10**15}, "impossible numbers"),
+        ({"windows": 2}, "another shard"),
+        ({"label_nats": None}, "damaged commit record"),
+    ],
+)
+def test_a_sealed_record_of_a_stranger(folder: LocalFolder, changes: dict[str, Any], expected: str) -> None:
+    resealed(folder, **changes)
+    with pytest.raises(DdkError, match=expected):
+        CacheReader(folder, 1.0).read("code", TRAIN, 0)
+    with pytest.raises(DdkError):
+        verify_all(folder)
+
+
+def test_checks_of_another_length(folder: LocalFolder) -> None:
+    record = json.loads((folder.path / FIRST.record).read_text())
+    resealed(folder, checks={**record["checks"], "tokens": "00"})
+    with pytest.raises(DdkError, match="checksum for every window"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("field", ["positions", "entries", "label_nats"])
+def test_statistics_that_are_not_those_of_the_windows(folder: LocalFolder, field: str) -> None:
+    resealed(folder, **{field: 1})
+    with pytest.raises(DdkError, match=f"{field} is .*, its commit record says 1"):
+        verify_all(folder)
+
+
+def test_links_out_of_the_cache_are_not_followed(folder: LocalFolder, tmp_path: Path) -> None:
+    path = group_path(folder, FIRST) / "tokens" / "c" / "0" / "0"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    for attempt in (read_all, verify_all):
+        with pytest.raises(DdkError, match="leads outside"):
+            attempt(folder)
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(folder: LocalFolder) -> None:
+    path = group_path(folder, FIRST) / "tokens" / "c" / "0" / "0"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DdkError, match="missing"):
+        read_all(folder)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 99, "schema version 99, this program reads 1"),
+        ("schema_version", 1, "schema version 1, this program reads 2"),
         ("vocab_size", 91, "damaged or edited"),
         ("seq_len", 3, "damaged or edited"),
+        ("seq_len", "12", "damaged or edited"),
         ("domains", {"../x": {}}, "damaged or edited"),
         ("domains", {"code": {"test": {}}}, "damaged or edited"),
+        (
+            "domains",
+            {"code": {"train": {"windows": 2**50, "shard_windows": 1, "tokens_digest": ""}}},
+            "damaged",
+        ),
         ("teacher", "gone", "damaged or edited"),
+        ("plan", {"scheme": "pps", "tau": "0.02"}, "damaged or edited"),
         ("fingerprint", "other", "damaged or edited"),
     ],
 )
-def test_edited_cache_json(folder: Path, field: str, value: Any, expected: str) -> None:
-    path = folder / "cache.json"
+def test_edited_cache_json(folder: LocalFolder, field: str, value: Any, expected: str) -> None:
+    path = folder.path / "cache.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(DdkError, match=expected):
         CacheReader(folder, 1.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}", b"[]", b"null"])
+def test_cache_json_that_is_something_else(folder: LocalFolder, content: bytes) -> None:
+    for name in ("cache.json", FIRST.record):
+        good = (folder.path / name).read_bytes()
+        (folder.path / name).write_bytes(content)
+        with pytest.raises(DdkError, match=name):
+            read_all(folder)
+        (folder.path / name).write_bytes(good)
+
+
+def test_a_json_file_too_large_to_be_one(folder: LocalFolder) -> None:
+    for name in ("cache.json", FIRST.record):
+        good = (folder.path / name).read_bytes()
+        os.truncate(folder.path / name, 1 << 40)  # a hole: costs nothing to make
+        with pytest.raises(DdkError, match="at most 16,777,216 make sense"):
+            read_all(folder)
+        (folder.path / name).write_bytes(good)
 
 
 JSON = st.recursive(
@@ -372,25 +601,45 @@ def test_any_cache_json_is_read_or_refused(data: st.DataObject, tmp_path: Path) 
     values[name] = data.draw(JSON)
     (tmp_path / "cache.json").write_text(json.dumps(values))
     try:
-        read_spec(tmp_path)
+        read_spec(LocalFolder(tmp_path))
     except DdkError:
         return
-    assert (
-        name in ("plan", "about", "domains") or json.loads(make_spec(make_plan(), RANKS).to_json()) == values
-    )
+    same = json.loads(make_spec(make_plan(), RANKS).to_json()) == values
+    assert name in ("plan", "about", "domains") or same
     assert name != "plan" or Plan.from_dict(values["plan"]).settings() == make_plan().settings()
 
 
-def test_foreign_rank_table(folder: Path) -> None:
-    np.save(folder / "ranks.npy", RANKS.id_of[::-1].copy())
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_sealed_record_is_read_or_refused(data: st.DataObject, folder: LocalFolder) -> None:
+    path = folder.path / FIRST.record
+    content = path.read_bytes()
+    name = data.draw(st.sampled_from(sorted(set(json.loads(content)) - {"seal"})))
+    resealed(folder, **{name: data.draw(JSON)})
+    try:
+        reader = CacheReader(folder, 1.0)
+        reader.read("code", TRAIN, 0)
+        verify_shard(folder, FIRST, reader.spec, reader.codec)
+    except DdkError:
+        pass
+    finally:
+        path.write_bytes(content)
+
+
+def test_foreign_rank_table(folder: LocalFolder) -> None:
+    path = folder.path / "ranks.npy"
+    np.save(path, RANKS.id_of[::-1].copy())
     with pytest.raises(DdkError, match="not the table of this cache"):
         CacheReader(folder, 1.0)
-    np.save(folder / "ranks.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DdkError, match=r"ranks\.npy"):
+        CacheReader(folder, 1.0)
+    path.write_bytes(b"")
     with pytest.raises(DdkError, match=r"ranks\.npy"):
         CacheReader(folder, 1.0)
 
 
-def test_reading_past_the_end(folder: Path) -> None:
+def test_reading_past_the_end(folder: LocalFolder) -> None:
     reader = CacheReader(folder, 1.0)
     with pytest.raises(IndexError):
         reader.read("code", TRAIN, 10)
@@ -398,3 +647,27 @@ def test_reading_past_the_end(folder: Path) -> None:
         reader.read("code", TRAIN, -1)
     with pytest.raises(DdkError, match="no nothing/train in the cache"):
         reader.read("nothing", TRAIN, 0)
+    with pytest.raises(DdkError, match=r"code/train/00000\.json: not committed"):
+        folder.remove(FIRST.record)
+        check_shard(folder, FIRST, reader.spec)
+
+
+def test_damage_in_an_object_store(s3_url: str) -> None:
+    place = open_folder(s3_url)
+    assert isinstance(place, ObjectFolder)
+    writer = CacheWriter(place, make_spec(make_plan(), RANKS, domains={"code": {TRAIN: SIZES[TRAIN]}}), RANKS)
+    for shard in writer.pending():
+        write_shard(writer, shard)
+    record = read_record(place, FIRST, writer.spec)
+    assert record is not None
+    name = f"{group_of(FIRST, record)}/tokens/c/0/0"
+    content = place.read(name)
+    place.write(name, content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    with pytest.raises(DdkError, match=r"tokens/c/0/0: .*checksum.*ddk-pipe verify s3://"):
+        read_all(place)
+    place.write(name, content[:30])
+    with pytest.raises(DdkError, match="tokens/c/0/0: ends too early"):
+        read_all(place)
+    place.remove(name)
+    with pytest.raises(DdkError, match="tokens/c/0/0: committed but missing"):
+        read_all(place)

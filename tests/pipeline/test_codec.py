@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.codec import LOG_STEPS, Codec, Planes, Ranks, decode_log, encode_log
+from ddk_pipe.pipeline.codec import LOG_STEPS, Codec, Ranks, decode_log, encode_log
 from ddk_pipe.pipeline.selection import Plan, select_logits
 from ddk_pipe.pipeline.targets import SparseTargets
 
@@ -122,18 +122,33 @@ def test_duplicate_ids_are_refused() -> None:
         Codec(plan("pps"), ranks(10)).encode(targets)
 
 
-@pytest.mark.parametrize("damage", ["counts", "gaps", "codes", "far"])
+@pytest.mark.parametrize("damage", ["explicit", "gaps", "codes", "far", "more"])
 def test_planes_that_contradict_each_other_are_refused(damage: str) -> None:
     codec = Codec(plan("topk"), ranks(50))
-    planes = vars(codec.encode(some_targets(plan("topk"), 50, 4, 0)))
-    if damage == "counts":
-        planes["counts"] = planes["counts"] + np.uint16(1)
+    planes = codec.encode(some_targets(plan("topk"), 50, 4, 0))
+    if damage == "explicit":
+        planes["explicit"] = planes["explicit"] + np.uint16(1)
+    elif damage == "more":
+        planes["gaps"] = np.append(planes["gaps"], np.uint16(3))
     elif damage == "far":
         planes["gaps"] = np.full_like(planes["gaps"], 60)
     else:
         planes[damage] = planes[damage][1:]
     with pytest.raises(ValueError):
-        codec.decode(Planes(**planes))
+        codec.decode(planes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_planes_are_as_announced_and_may_be_padded(scheme: str) -> None:
+    codec = Codec(plan(scheme), ranks(200))
+    planes = codec.encode(some_targets(plan(scheme), 200, 6, 0))
+    assert {name: values.dtype for name, values in planes.items()} == codec.planes
+    padded = {
+        name: np.pad(values, (0, 7 * (name in ("gaps", "codes")))).astype(values.dtype)
+        for name, values in planes.items()
+    }
+    one, other = codec.decode(planes), codec.decode(padded)
+    assert one.ids.equal(other.ids) and one.logprobs.equal(other.logprobs) and one.tail.equal(other.tail)
 
 
 def test_log_codes() -> None:

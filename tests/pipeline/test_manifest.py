@@ -78,7 +78,7 @@ def test_model_names_are_folders_where_there_is_one_and_ids_otherwise(tmp_path: 
     project = load(tmp_path, SMALLEST)
     assert project.model("teacher", field="f") == str(tmp_path / "teacher")
     assert project.model("org/name", field="f") == "org/name"
-    assert project.cache == tmp_path / "out" / "cache"
+    assert project.cache.name == str(tmp_path / "out" / "cache")
 
 
 def test_starter_parses(tmp_path: Path) -> None:

@@ -381,3 +381,25 @@ def test_exit_status_of_the_real_program(tmp_path: Path) -> None:
     done = run_command("prepare", tmp_path / "nothing.yaml")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("ddk-pipe: ")
+
+
+def test_a_cache_in_an_object_store(make_project: MakeProject, s3_url: str, tmp_path: Path) -> None:
+    """cache-teacher, inspect and distill over S3, by the commands a user types; nothing of it lies on the disk."""
+    path = make_project(cache={"path": s3_url, "shard_windows": 16})
+    assert call("cache-teacher", path)[0] == 0
+    assert not (tmp_path / "out" / "cache").exists()
+    shown = runner.invoke(app, ["inspect", s3_url]).stdout
+    assert "code/train" in shown and f"cache {s3_url}" in shown
+    assert "nothing to do" in call("cache-teacher", path)[1]
+    assert call("distill", path, "--set", "distill.steps=2")[0] == 0
+
+
+def test_an_object_store_that_is_not_there(
+    make_project: MakeProject, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no teacher cache" in refused("inspect", s3_url)
+    assert "no teacher cache" in refused("distill", make_project(cache={"path": s3_url}))
+    assert "unknown kind of address" in refused("inspect", "http://somewhere/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("DDK_PIPE_RETRY_SECONDS", "0.3")
+    assert "check network and endpoint" in refused("inspect", s3_url)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.cli import app
@@ -70,7 +71,7 @@ def test_text_to_student(project: Project, capsys: pytest.CaptureFixture[str]) -
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     assert (run / "student" / "model.safetensors").stat().st_mode & 0o044 == 0o044
     assert not list(run.glob("checkpoints/*"))
-    inspect(project.output)
+    inspect(str(project.output))
     shown = capsys.readouterr().out
     for part in ("code/train", "finished", "bytes/position", "last weight"):
         assert part in shown, part
@@ -229,17 +230,17 @@ def test_cache_teacher_continues_after_a_signal(
     cache_teacher(whole)
     cut = tmp_path / "out" / "cache"
     process = start("cache-teacher", path)
-    wait_for(lambda: len(list(cut.glob("*/*/*.json"))) >= 2, process)
+    wait_for(lambda: len(list(cut.glob("*/*/[0-9]*.json"))) >= 2, process)
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
-    done = len(list(cut.glob("*/*/*.json")))
-    total = len(list(whole.cache.glob("*/*/*.json")))
+    done = len(list(cut.glob("*/*/[0-9]*.json")))
+    total = len(list((tmp_path / "whole" / "cache").glob("*/*/[0-9]*.json")))
     assert 2 <= done < total
     if how != signal.SIGKILL:
         assert process.returncode == 130 and "run the same command again" in said
         assert not list(cut.rglob("*.partial"))
     cache_teacher(load_project(path))
-    one, other = (CacheReader(folder, 1.0) for folder in (whole.cache, cut))
+    one, other = (CacheReader(folder, 1.0) for folder in (whole.cache, open_folder(cut)))
     for domain in ("code", "plays"):
         for window in range(one.size(domain, TRAIN).windows):
             a, b = one.read(domain, TRAIN, window), other.read(domain, TRAIN, window)

@@ -1,7 +1,7 @@
 """The teacher cache: Zarr v3 shards on a disk or in an object store, written once, read by any number of students.
 
     cache.json                                    what made it: teacher, tokenizer, scheme, ... and its fingerprint
-    ranks.npy                                     frequency-rank table of the token ids, int32 [vocab_size]
+    <domain>/ranks.npy                            token ids by how often the teacher keeps them, int32 [vocab_size]
     <domain>/<split>/<shard>.<8 hex digits>.zarr  one group per shard, readable by plain zarr.open:
         tokens        u16 or u32 [windows, seq_len]
         labels        u16 [windows, 4 + seq_len]  window number (4 words, low first), label log-probability codes;
@@ -25,6 +25,7 @@ from collections import OrderedDict
 
 from ddk_pipe.pipeline.cache_shard import (
     CachedWindow,
+    Codecs,
     ShardFacts,
     ShardRecord,
     ShardWindows,
@@ -53,7 +54,6 @@ from ddk_pipe.pipeline.cache_spec import (
     uncommitted,
 )
 from ddk_pipe.pipeline.cache_writer import CacheWriter
-from ddk_pipe.pipeline.codec import Codec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder
 from ddk_pipe.pipeline.tokens import SPLITS
@@ -64,6 +64,7 @@ __all__ = [
     "CacheSpec",
     "CacheWriter",
     "CachedWindow",
+    "Codecs",
     "Shard",
     "ShardFacts",
     "ShardRecord",
@@ -105,7 +106,7 @@ class CacheReader:
                 hint="use one of those, or cache again with it in cache.temperatures",
             )
         self._slot = temperatures.index(temperature)
-        self.codec = Codec(self.spec.plan, read_ranks(folder, self.spec))
+        self._codecs = Codecs(folder, self.spec)
         self._open: OrderedDict[Shard, tuple[str, ShardWindows]] = OrderedDict()
         self._open_windows = 0
         self._lock = threading.Lock()
@@ -148,7 +149,7 @@ class CacheReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         record = require_record(self.folder, shard, self.spec)
-        opened = open_windows(self.folder, shard, record, self.spec, self.codec, self._slot)
+        opened = open_windows(self.folder, shard, record, self.spec, self._codecs, self._slot)
         with self._lock:
             if shard not in self._open:
                 self._open[shard] = group_of(shard, record), opened

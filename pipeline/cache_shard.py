@@ -23,16 +23,20 @@ from pydantic import Field
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache_spec import (
     MOST_SHARD_WINDOWS,
+    RESTORE,
     CacheSpec,
     Shard,
     Strict,
     Text,
     all_shards,
+    ranks_digest,
+    ranks_name,
     read_json,
+    read_ranks,
     repair,
     uncommitted,
 )
-from ddk_pipe.pipeline.codec import NO_LOG, Codec, Planes, decode_log
+from ddk_pipe.pipeline.codec import NO_LOG, Codec, Context, Planes, decode_log
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, digest_of
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
@@ -64,6 +68,7 @@ class ShardRecord(Strict):
     number: Count
     first_window: Count
     windows: Annotated[int, Field(ge=1, le=MOST_SHARD_WINDOWS)]
+    ranks_digest: Text  # of the table that the ids are coded with
     group: Text  # the folder beside the record that holds the arrays
     files: Annotated[dict[Text, FileFacts], Field(max_length=4096)]  # by name inside the group
     checks: dict[Text, str]  # by array: the crc32c of each window's chunk, eight hex digits each
@@ -211,19 +216,20 @@ class ShardWindows:
         tokens, codes = arrays["tokens"].astype(np.int64), arrays["labels"][STAMP_WORDS:]
         if int(tokens.max()) >= self._spec.vocab_size:
             raise ValueError(f"window {window} holds a token outside the vocabulary")
+        labels = _labels(tokens, codes)
         return CachedWindow(
             tokens=tokens,
-            labels=_labels(tokens, codes),
+            labels=labels,
             label_logprobs=decode_log(codes, none=np.nan),
-            targets=self._targets(arrays),
+            targets=self._targets(arrays, Context(labels, codes, self.shard.key(window))),
         )
 
-    def _targets(self, arrays: Arrays) -> SparseTargets:
+    def _targets(self, arrays: Arrays, context: Context) -> SparseTargets:
         prefix = f"t{self._slot}/"
         planes: Planes = {
             name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)
         }
-        targets = self._codec.decode(planes)
+        targets = self._codec.decode(planes, context)
         if targets.positions != self._spec.seq_len:
             raise ValueError(f"targets of {targets.positions} positions")
         return targets
@@ -236,11 +242,33 @@ def _labels(tokens: NDArray[np.int64], codes: NDArray[np.uint16]) -> NDArray[np.
     return np.where(codes == NO_LOG, NO_LABEL, np.roll(tokens, -1))
 
 
+class Codecs:
+    """The codecs of a cache, one for each domain and temperature; rank tables are read once, when first needed."""
+
+    def __init__(self, folder: Folder, spec: CacheSpec) -> None:
+        self.folder, self.spec = folder, spec
+        self._codecs: dict[tuple[str, int], tuple[Codec, str]] = {}
+
+    def of(self, domain: str, slot: int) -> tuple[Codec, str]:
+        """The codec of the slot-th temperature, and its table's digest; raises DdkError without a table."""
+        if (domain, slot) not in self._codecs:
+            ranks = read_ranks(self.folder, domain, self.spec.vocab_size)
+            codec = Codec(self.spec.plan, ranks, self.spec.plan.temperatures[slot])
+            self._codecs[domain, slot] = codec, ranks_digest(ranks)
+        return self._codecs[domain, slot]
+
+
 def open_windows(
-    folder: Folder, shard: Shard, record: ShardRecord, spec: CacheSpec, codec: Codec, slot: int
+    folder: Folder, shard: Shard, record: ShardRecord, spec: CacheSpec, codecs: Codecs, slot: int
 ) -> ShardWindows:
     """A committed shard at one temperature, its metadata files compared with the record; raises DdkError."""
     group = group_of(shard, record)
+    codec, digest = codecs.of(shard.domain, slot)
+    if digest != record.ranks_digest:
+        raise DdkError(
+            f"{folder.name}/{ranks_name(shard.domain)}: not the table that {shard.name} was coded with",
+            hint=RESTORE,
+        )
     with damage(folder, group):
         names = [*input_arrays(spec), *target_arrays(spec, codec, slot)]
         for name in ["zarr.json", f"t{slot}/zarr.json", *(array_files(array)[0] for array in names)]:
@@ -329,12 +357,12 @@ def measure(slots: list[ShardWindows], spec: CacheSpec) -> ShardFacts:
     return ShardFacts(positions, entries, label_nats)
 
 
-def verify_shard(folder: Folder, shard: Shard, spec: CacheSpec, codec: Codec) -> ShardFacts:
+def verify_shard(folder: Folder, shard: Shard, spec: CacheSpec, codecs: Codecs) -> ShardFacts:
     """Everything that can be known about a committed shard: digests of all files, every window decoded, its number
     and the invariants of SparseTargets, and the record's statistics, taken again. Raises DdkError."""
     record = check_shard(folder, shard, spec)
     slots = [
-        open_windows(folder, shard, record, spec, codec, slot) for slot in range(len(spec.plan.temperatures))
+        open_windows(folder, shard, record, spec, codecs, slot) for slot in range(len(spec.plan.temperatures))
     ]
     with damage(folder, group_of(shard, record)):
         facts = measure(slots, spec)

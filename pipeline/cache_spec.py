@@ -1,4 +1,4 @@
-"""What a cache says it is: cache.json, the rank table, and how domains are cut into shards.
+"""What a cache says it is: cache.json, the rank tables, and how domains are cut into shards.
 
 cache.json may come from a stranger: every value is checked for its type and size before it is used.
 """
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ddk_pipe.pipeline import durable, manifest
-from ddk_pipe.pipeline.codec import Ranks
+from ddk_pipe.pipeline.codec import LEVELS, LOG_STEPS, Ranks
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.selection import Plan
 from ddk_pipe.pipeline.storage import Folder
 from ddk_pipe.pipeline.tokens import SPLITS, Split
 
 SCHEMA_VERSION = 2
+QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"
 REPAIR = "run `ddk-pipe verify {cache} --repair`, then `ddk-pipe cache-teacher` again"
 RESTORE = "restore it, or make the cache again"
 MOST_JSON_BYTES = 16 << 20  # parsed, JSON may take 24 times its bytes
@@ -67,7 +68,6 @@ class CacheSpec:
     vocab_size: int
     seq_len: int
     plan: Plan
-    ranks_digest: str
     domains: dict[str, dict[str, SplitSize]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # for people: the model's name, versions
 
@@ -80,8 +80,7 @@ class CacheSpec:
             "vocab_size": self.vocab_size,
             "seq_len": self.seq_len,
             "selection": self.plan.settings(),
-            "quantiser": "u8, uniform in p^(1/4) from tau (pps, threshold) or 0 to 1; log codes 1/2048 nat",
-            "ranks_digest": self.ranks_digest,
+            "quantiser": QUANTISER,
         }
 
     @property
@@ -122,7 +121,6 @@ class _SpecFile(Strict):
     seq_len: Size
     selection: dict[str, Any]
     quantiser: Text
-    ranks_digest: Text
     plan: dict[str, Any]
     domains: dict[DomainName, dict[str, _SplitFile]]
     about: dict[str, Any]
@@ -140,7 +138,6 @@ class _SpecFile(Strict):
             plan=Plan.of(
                 manifest.Cache.model_validate(self.plan)
             ),  # the bounds of the manifest hold here too
-            ranks_digest=self.ranks_digest,
             domains={
                 name: {split: SplitSize(**size.model_dump()) for split, size in splits.items()}
                 for name, splits in self.domains.items()
@@ -178,6 +175,7 @@ def read_spec(folder: Folder) -> CacheSpec:
 
 
 def ranks_digest(ranks: Ranks) -> str:
+    """Of a rank table; every commit record holds that of the table its shard was coded with."""
     return durable.digest(ranks.id_of.astype("<i4").tobytes())
 
 
@@ -188,12 +186,19 @@ def ranks_bytes(ranks: Ranks) -> bytes:
     return buffer.getvalue()
 
 
-def load_ranks(folder: Folder, vocab_size: int) -> Ranks:
-    """The table in ranks.npy; raises DdkError if it is missing or no table for this vocabulary."""
-    path = f"{folder.name}/ranks.npy"
+def ranks_name(domain: str) -> str:
+    """Name of a domain's rank table in the cache."""
+    return f"{domain}/ranks.npy"
+
+
+def read_ranks(folder: Folder, domain: str, vocab_size: int) -> Ranks:
+    """A domain's table; raises DdkError if it is missing or no table for this vocabulary. Shards name its digest."""
+    name = ranks_name(domain)
+    path = f"{folder.name}/{name}"
     try:
-        content = folder.read("ranks.npy", most=4 * vocab_size + 1024)
-        table: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+        if folder.size(name) > 4 * vocab_size + 1024:  # before numpy believes the header
+            raise ValueError("too large for the vocabulary")
+        table: NDArray[Any] = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
         if table.dtype != np.dtype("<i4") or table.shape != (vocab_size,):
             raise ValueError(f"not {vocab_size} ids")
         return Ranks.of(table.astype(np.int32))
@@ -201,14 +206,6 @@ def load_ranks(folder: Folder, vocab_size: int) -> Ranks:
         raise DdkError(f"{path}: missing", hint=RESTORE) from None
     except (ValueError, EOFError, RecursionError, MemoryError) as problem:
         raise DdkError(f"{path}: not the table of this cache ({str(problem)[:100]})", hint=RESTORE) from None
-
-
-def read_ranks(folder: Folder, spec: CacheSpec) -> Ranks:
-    """The rank table, checked against cache.json."""
-    ranks = load_ranks(folder, spec.vocab_size)
-    if ranks_digest(ranks) != spec.ranks_digest:
-        raise DdkError(f"{folder.name}/ranks.npy: not the table of this cache", hint=RESTORE)
-    return ranks
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ddk_pipe.pipeline.cache_shard import (
     GROUP,
     MOST_ENTRIES,
     STAMP_WORDS,
+    Codecs,
     FileFacts,
     ShardRecord,
     ShardWindows,
@@ -39,15 +40,13 @@ from ddk_pipe.pipeline.cache_spec import (
     Shard,
     all_shards,
     count_shards,
-    load_ranks,
     ranks_bytes,
-    ranks_digest,
-    read_ranks,
+    ranks_name,
     read_spec,
     repair,
     uncommitted,
 )
-from ddk_pipe.pipeline.codec import Codec, Ranks, encode_log
+from ddk_pipe.pipeline.codec import Context, Ranks, encode_log
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.selection import Selected
 from ddk_pipe.pipeline.storage import Folder, LocalFolder
@@ -60,40 +59,40 @@ COMMIT_TRIES = 5
 
 
 class CacheWriter:
-    """Creates or continues the cache in `folder`; `ranks` is used only where the cache does not exist yet.
+    """Creates or continues the cache in `folder`.
 
-    Raises DdkError where the cache there was made with other settings.
+    A domain needs a rank table (`add_ranks`) before its first shard is written. Raises DdkError where the cache there
+    was made with other settings.
     """
 
-    def __init__(self, folder: Folder, spec: CacheSpec, ranks: Ranks) -> None:
+    def __init__(self, folder: Folder, spec: CacheSpec) -> None:
         self.folder = folder
-        self.spec, self.ranks = self._open(spec, ranks)
-        self.codec = Codec(self.spec.plan, self.ranks)
+        self.spec = self._open(spec)
+        self._codecs = Codecs(folder, self.spec)
 
-    def _open(self, spec: CacheSpec, ranks: Ranks) -> tuple[CacheSpec, Ranks]:
+    def _open(self, spec: CacheSpec) -> CacheSpec:
         if count_shards(spec) > MOST_SHARDS:
             raise DdkError(
                 f"{self.folder.name}: {count_shards(spec):,} shards, at most {MOST_SHARDS:,} can be",
                 hint="raise cache.shard_windows",
             )
         if not self.folder.exists("cache.json"):
-            ranks = self._first_ranks(ranks)
-            spec = replace(spec, ranks_digest=ranks_digest(ranks))
             with suppress(FileExistsError):  # somebody was faster: then theirs is the cache
                 self.folder.create("cache.json", spec.to_json())
         known = read_spec(self.folder)
         merged = _merged(self.folder, known, spec)
         if merged.domains != known.domains:
             self.folder.write("cache.json", merged.to_json())
-        return merged, read_ranks(self.folder, merged)
+        return merged
 
-    def _first_ranks(self, ranks: Ranks) -> Ranks:
-        """The rank table of a new cache: ours, or that of a writer who was faster (any permutation will do)."""
-        try:
-            self.folder.create("ranks.npy", ranks_bytes(ranks))
-            return ranks
-        except FileExistsError:
-            return load_ranks(self.folder, len(ranks.id_of))
+    def has_ranks(self, domain: str) -> bool:
+        """True if the domain's rank table is there."""
+        return self.folder.exists(ranks_name(domain))
+
+    def add_ranks(self, domain: str, ranks: Ranks) -> None:
+        """Give a domain its rank table; where somebody was faster, theirs stays (any permutation will do)."""
+        with suppress(FileExistsError):
+            self.folder.create(ranks_name(domain), ranks_bytes(ranks))
 
     def pending(self) -> list[Shard]:
         """Shards without a commit record, in order."""
@@ -136,14 +135,23 @@ class CacheWriter:
         """Attributes of the shard's groups, and its arrays [windows, width]."""
         whole = {"domain": shard.domain, "split": shard.split, "shard": shard.number}
         attributes: dict[str, dict[str, Any]] = {"": {**whole, "fingerprint": self.spec.fingerprint}}
+        labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
         arrays: Arrays = {
             "tokens": tokens.astype(token_dtype(self.spec.vocab_size)),
-            "labels": _labels(shard, labels_of(tokens, loss_mask, no_label=NO_LABEL), selected),
+            "labels": _labels(shard, labels, selected),
         }
+        contexts = [
+            Context(labels[row], codes, shard.key(shard.first_window + row))
+            for row, codes in enumerate(arrays["labels"][:, STAMP_WORDS:])
+        ]
         for slot, temperature in enumerate(self.spec.plan.temperatures):
             attributes[f"t{slot}"] = {"temperature": temperature}
-            planes = [self.codec.encode(window.targets[slot]) for window in selected]
-            for name, dtype in self.codec.planes.items():
+            codec, _ = self._codecs.of(shard.domain, slot)
+            planes = [
+                codec.encode(window.targets[slot], context)
+                for window, context in zip(selected, contexts, strict=True)
+            ]
+            for name, dtype in codec.planes.items():
                 rows = [window[name] for window in planes]
                 if max(map(len, rows)) > MOST_ENTRIES:
                     raise DdkError(
@@ -164,7 +172,7 @@ class CacheWriter:
         }
         sizes = {name: file.bytes for name, file in files.items()}
         slots = [
-            ShardWindows(folder, group, shard, self.spec, self.codec, slot, sizes)
+            ShardWindows(folder, group, shard, self.spec, self._codecs.of(shard.domain, slot)[0], slot, sizes)
             for slot in range(len(self.spec.plan.temperatures))
         ]
         checks = {name: checks_text(sums) for slot in slots for name, sums in slot.arrays.checks().items()}
@@ -176,6 +184,7 @@ class CacheWriter:
                 **vars(measure(slots, self.spec)),
                 "schema_version": SCHEMA_VERSION,
                 "fingerprint": self.spec.fingerprint,
+                "ranks_digest": self._codecs.of(shard.domain, 0)[1],
                 "group": group,
                 "files": files,
                 "checks": checks,
@@ -247,7 +256,6 @@ def _rectangle(rows: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
 def _merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
     """The known cache with the wanted domains; raises DdkError where the two disagree."""
     ours, theirs = known.identity(), wanted.identity()
-    theirs["ranks_digest"] = ours["ranks_digest"]  # fitted once, when the cache was made
     for name, value in theirs.items():
         if ours[name] != value:
             raise DdkError(

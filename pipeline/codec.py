@@ -1,41 +1,57 @@
 """SparseTargets of one window <-> small integer planes that stock compressors shrink well.
 
-Ids become ranks in a per-cache frequency table, sorted and stored as gaps. Entries are of two kinds: *explicit*,
-with a weight code, and *implied*, which share the remaining mass equally and cost no weight at all. Under `pps`
-everything below tau is implied (a draw that hit one token twice weighs at least tau, so it is explicit).
+Ids become ranks in the domain's frequency table and are stored as sorted gaps, the head apart from the rest. A gap
+g >= 1 is cut into its octave floor(log2 g), one byte that compresses, and the bits below, packed raw. Three kinds of
+entries, by what their weight costs:
 
-| scheme          | explicit entries                     | implied | tail              |
-|-----------------|--------------------------------------|---------|-------------------|
-| pps             | weight >= tau, u8 in p^(1/4)         | the rest| none              |
-| threshold, topk | all, u8 in p^(1/4)                   | none    | u16 log code      |
-| random          | all, u8 count of draws (exact)       | none    | none              |
+| kind  | which                                              | weight                                            |
+|-------|----------------------------------------------------|---------------------------------------------------|
+| label | the true next token where its p >= tau, at T = 1   | known: the cache holds its log-probability anyway |
+| head  | p >= tau; without a rest rule, every entry         | u8 code, uniform in p^(1/4)                       |
+| rest  | draws from below tau (`pps` only)                  | equal shares of the rest's mass                   |
 
-Error bound. A u8 code covers [lowest, 1] in 255 equal steps of p^(1/4), so before normalisation
-|delta w| <= 2 s w^(3/4) + 6 s^2 w^(1/2) + ... <= (w^(1/4) + s/2)^4 - w, with s = (1 - lowest^(1/4)) / 255; after it
-(explicit weights are scaled to 1 - tail, implied ones take what is left) at most `error_bound` below.
-Log codes: step 1/2048 nat, so a label is within 1/4096 nat down to -31.99 nats, a tail within 1/2048 (decoding
-moves it inside its step towards what the explicit weights leave).
+| scheme    | label entry        | codes of the head                         | tail         |
+|-----------|--------------------|-------------------------------------------|--------------|
+| pps       | implied            | rounded at random: E[decoded] = p         | none         |
+| threshold | implied, if tau * cap >= 1 (the cap never cuts) | to the nearest | u16 log code |
+| topk      | in the head        | to the nearest                            | u16 log code |
+| random    | in the head        | the count of draws, exact                 | none         |
+
+Under `pps` the rest's mass R is what the head leaves of 1, unless the largest coded entry weighs more: then that entry is
+what all others leave, and its slot carries the code of R (LEVELS + 1 more). So the errors of the others always fall on
+the greater of the two, and a rest of 1e-9 stays one however the head is rounded. The number of rest entries is stored as its difference from ceil(R / tau), the number of draws, which is
+computed in integers of 2^-40, so that every machine comes to the same number.
+
+Error bound. A code covers [lowest, 1] in LEVELS equal steps of p^(1/4); a weight w lies in a cell of width at most
+`cell(w)` = 4 s w^(3/4) + 6 s^2 w^(1/2) + ..., s = (1 - lowest^(1/4)) / LEVELS. Under `pps` a code is either end of the
+cell, at random, so that its mean is w (and what is left to the greater of R and the largest entry errs by minus the sum); elsewhere it is the
+nearer end, so |delta w| <= cell / 2 before the row is scaled to 1. Log codes have a step of 1/2048 nat: a label is within
+1/4096 nat down to -31.99 nats, a tail within 1/2048 (decoding moves it inside its step towards what the head leaves).
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.selection import Plan
-from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
-CODES = 255
+LEVELS = 63  # steps of a weight code: finer ones cost bytes and win nothing beside the noise of the draws
 LOG_STEPS = 2048  # codes per nat
 NO_LOG = 65535  # the log code of "none": -inf for a tail, NaN for a label
-MOST_PADDED = (
-    1 << 26
-)  # positions times entries of the widest one: a stranger's window may not fill the memory
-LEAST_SHARE = 1e-7  # weight of an implied entry where rounding left none
+ONE = 1 << 40  # a weight of 1 in the integers that counts are predicted with
+LEAST_SHARE = ONE >> 23  # weight of a rest entry where rounding left none, about 1e-7
+STEP_RATIO = 0.9995118379398893512  # exp(-1 / LOG_STEPS), a literal: libraries may differ in the last bit
+ID_BITS = 24  # ids and ranks are below 2^24
+KIND_BITS = 10  # kind of an entry while decoding: a head code, or one of the three below
+REST, LABEL, LARGEST = 256, 257, 258
+
+Planes = dict[str, NDArray[np.unsignedinteger]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,8 @@ class Ranks:
     rank_of: NDArray[np.int32]
 
     @classmethod
-    def fit(cls, counts: NDArray[np.int64]) -> Ranks:
-        """From how often each id occurs, int64 [V]; ties go by id, so equal counts give equal tables."""
+    def fit(cls, counts: NDArray[np.floating | np.integer]) -> Ranks:
+        """From how often each id occurs, [V]; ties go by id, so equal counts give equal tables."""
         return cls.of(np.argsort(-counts, kind="stable").astype(np.int32))
 
     @classmethod
@@ -62,161 +78,355 @@ class Ranks:
         return cls(id_of, rank_of)
 
 
-Planes = dict[str, NDArray[Any]]  # of one window of L positions, by name, each one-dimensional
+@dataclass(frozen=True)
+class Context:
+    """What writer and reader both know of a window of L positions beside its targets.
+
+    labels int64 [L]: the true next token, NO_LABEL where there is none; label_codes u16 [L]: log codes of its
+    probability at T = 1 (`encode_log`, NO_LOG without a label); key: the window's name, seeds the rounding.
+    """
+
+    labels: NDArray[np.int64]
+    label_codes: NDArray[np.uint16]
+    key: str = ""
+
+    @classmethod
+    def none(cls, positions: int) -> Context:
+        """A window without labels."""
+        return cls(np.full(positions, NO_LABEL, np.int64), np.full(positions, NO_LOG, np.uint16))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the rest of each position weighs, and its largest coded entry where that is `marked`, int64 [L], in
+    units of 1 / ONE; the greater of the two is what everything else leaves, so damage or rounding may make it < 0."""
+
+    mass: NDArray[np.int64]
+    largest: NDArray[np.int64]
+    marked: NDArray[np.bool_]
 
 
 class Codec:
-    """Encodes and decodes windows of one cache: a pure function of the plan and the rank table.
+    """Encodes and decodes windows at one temperature: a pure function of plan, temperature and rank table.
 
-    Planes of a window of L positions: `explicit`, `implied` u16 [L] (entries of each kind by position), `gaps` u16 or
-    u32 [entries] (all explicit ones by position, then all implied ones), `codes` u8 [explicit entries], and under
-    schemes with a tail `tails` u16 [L] (log codes).
+    `planes` names the arrays of a window with their types: heads [L], draws [L] (pps), tails [L] (threshold, topk),
+    octaves [entries], bits [bytes], codes [head entries]; entries run over the heads by position, then the rests.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, temperature: float = 1.0) -> None:
+        if len(ranks.id_of) > 1 << ID_BITS:
+            raise ValueError(f"a vocabulary of {len(ranks.id_of):,} is too large")
         self.plan, self.ranks = plan, ranks
         self.lowest = plan.tau if plan.scheme in ("pps", "threshold") else 0.0
-        self.gap_dtype = np.dtype("u2") if len(ranks.id_of) <= 1 << 16 else np.dtype("u4")
-        floor = self.lowest**0.25
-        self._floor, self._step = floor, (1 - floor) / CODES
-        self._table = (floor + self._step * np.arange(CODES + 1)) ** 4
+        never_cut = plan.scheme == "pps" or (plan.scheme == "threshold" and plan.tau * plan.cap >= 1)
+        # label codes up to this one are surely in the head: one code of margin for the rounding
+        self._implied_up_to = int(-np.log(plan.tau) * LOG_STEPS) - 1 if never_cut and temperature == 1 else -1
+        self._tau_units = round(plan.tau * ONE)
+        self._weights, self._masses = _cells(self.lowest), _cells(0.0)  # of head entries, of the rest
+        self._units = np.rint(self._weights * ONE).astype(np.int64)
+        self._mass_units = np.rint(self._masses * ONE).astype(np.int64)
+        self._label_units = _label_units()
+        many = np.dtype("u4") if plan.scheme == "pps" and plan.tau < 1 / 30_000 else np.dtype("u2")
+        extra = {"draws": many} if plan.scheme == "pps" else {}
+        extra |= {"tails": np.dtype("u2")} if plan.has_tail else {}
+        one_byte = {name: np.dtype("u1") for name in ("octaves", "bits", "codes")}
+        self.planes: dict[str, np.dtype[np.unsignedinteger]] = {"heads": many, **extra, **one_byte}
 
-    @property
-    def planes(self) -> dict[str, np.dtype[Any]]:
-        """Names and dtypes of the planes of one temperature."""
-        dtypes = {"explicit": np.dtype("u2"), "implied": np.dtype("u2"), "gaps": self.gap_dtype}
-        tails = {"tails": np.dtype("u2")} if self.plan.has_tail else {}
-        return {**dtypes, "codes": np.dtype("u1"), **tails}
-
-    def error_bound(self, weight: float) -> float:
-        """Largest |delta w| of an explicit weight before normalisation (module docstring)."""
+    def cell(self, weight: float) -> float:
+        """Width of the quantiser's cell around a head weight: the bound on |delta w| before the row is made to sum
+        to 1 (half of it where codes are rounded to the nearest)."""
         if self.plan.scheme == "random":
             return 0.0
-        return float((weight**0.25 + self._step / 2) ** 4 - weight)
+        low = int(_cell_of(self._weights, np.array([weight]))[0][0])
+        return float(self._weights[low + 1] - self._weights[low])
 
-    def encode(self, targets: SparseTargets) -> Planes:
-        """Raises ValueError for targets that break the invariants of SparseTargets."""
+    def encode(self, targets: SparseTargets, context: Context) -> Planes:
+        """Raises ValueError for targets that break the invariants of SparseTargets or contradict the context."""
         targets.validate(len(self.ranks.id_of))
-        ids = targets.ids.cpu().numpy()
-        weights = np.exp(targets.logprobs.cpu().numpy().astype(np.float64))
-        kept = ids >= 0
-        explicit = kept & (weights >= self.lowest * (1 - 1e-6)) if self.plan.scheme == "pps" else kept
-        explicit_gaps, order = self._gaps(ids, explicit)
-        implied_gaps, _ = self._gaps(ids, kept & ~explicit)
-        planes: Planes = {
-            "explicit": explicit.sum(1).astype(np.uint16),
-            "implied": (kept & ~explicit).sum(1).astype(np.uint16),
-            "gaps": np.concatenate([explicit_gaps, implied_gaps]).astype(self.gap_dtype),
-            "codes": self._codes(
-                np.take_along_axis(weights, order, 1)[np.take_along_axis(explicit, order, 1)]
-            ),
+        length = len(targets.tail)
+        all_ids = targets.ids.cpu().numpy()
+        rows, columns = np.nonzero(all_ids >= 0)
+        ids = all_ids[rows, columns]
+        weights = np.exp(targets.logprobs.cpu().numpy()[rows, columns].astype(np.float64))
+        implied = self._implied(context)
+        coded = ~(implied[rows] & (ids == context.labels[rows]))
+        if len(ids) - coded.sum() != implied.sum():
+            raise ValueError("a label likely enough for the head is not among the targets")
+        rows, ids, weights = rows[coded], ids[coded], weights[coded]
+        head = weights >= self.lowest * (1 - 1e-6) if self.plan.scheme == "pps" else np.ones(len(ids), bool)
+        order, gaps = self._gaps(rows, ids, head)
+        cut = int(head.sum())
+        head_rows, rests = rows[order[:cut]], np.bincount(rows[order[cut:]], minlength=length)
+        mass = np.bincount(rows[order[cut:]], weights[order[cut:]], length)
+        codes = self._codes(weights[order[:cut]], head_rows, mass, context)
+        octaves = np.frexp(gaps.astype(np.float64))[1] - 1
+        planes = {
+            "heads": np.bincount(head_rows, minlength=length),
+            "octaves": octaves,
+            "bits": _pack(gaps - (1 << octaves.astype(np.int64)), octaves),
+            "codes": codes,
         }
+        if self.plan.scheme == "pps":
+            difference = rests - self._draws(self._split(codes, head_rows, context).mass, context)
+            planes["draws"] = (difference << 1) ^ (difference >> 63)  # zigzag: 0, -1, 1, -2, ...
         if self.plan.has_tail:
             planes["tails"] = encode_log(targets.tail.cpu().numpy())
-        return planes
+        return {name: planes[name].astype(dtype) for name, dtype in self.planes.items()}
 
-    def decode(self, planes: Planes) -> SparseTargets:
-        """Raises ValueError if the planes contradict each other. `gaps` and `codes` may end in zeros too many."""
-        explicit, implied = (planes[name].astype(np.int64) for name in ("explicit", "implied"))
-        cut, end = int(explicit.sum()), int(explicit.sum() + implied.sum())
-        gaps, codes = planes["gaps"][:end], planes["codes"][:cut]
-        if len(explicit) != len(implied) or len(codes) != cut or len(gaps) != end:
-            raise ValueError("counts, gaps and codes do not fit together")
-        if planes["gaps"][end:].any() or planes["codes"][cut:].any():
-            raise ValueError("something follows the last entry")
-        if int((explicit + implied).max(initial=0)) * len(explicit) > MOST_PADDED:
-            raise ValueError("rows too wide for the length of the window")
-        positions = np.concatenate([_rows(explicit), _rows(implied)])
-        ids = np.concatenate([self._ids(gaps[:cut], explicit), self._ids(gaps[cut:], implied)])
-        weights, log_tail = self._weights(codes, planes.get("tails"), explicit, implied, positions)
-        return _padded(ids, weights, positions, log_tail)
+    def decode(self, planes: Planes, context: Context) -> SparseTargets:
+        """Inverse of encode; planes may be longer than they need to be. Raises ValueError if they contradict each other."""
+        heads = planes["heads"].astype(np.int64)
+        length, cut = len(heads), int(heads.sum())
+        codes = _first(planes["codes"], cut).astype(np.int64)
+        head_rows = np.repeat(np.arange(length), heads)
+        implied = self._implied(context)
+        rests, kinds = np.zeros(length, np.int64), codes
+        if self.plan.scheme == "pps":
+            shares = self._split(codes, head_rows, context)
+            kinds = np.where(codes > LEVELS, LARGEST, codes)
+            zigzag = planes["draws"].astype(np.int64)
+            rests = self._draws(shares.mass, context) + ((zigzag >> 1) ^ -(zigzag & 1))
+            if (rests < 0).any() or rests.max(initial=0) > len(self.ranks.id_of):
+                raise ValueError("heads and draws do not fit together")
+        counts = np.concatenate([heads, rests])
+        ids = self._ids(planes, counts)
+        labelled = implied.nonzero()[0]
+        rows = np.concatenate([head_rows, np.repeat(np.arange(length), rests), labelled])
+        ids = np.concatenate([ids, context.labels[labelled]])
+        kinds = np.concatenate([kinds, np.full(len(ids) - cut, REST)])
+        kinds[len(kinds) - len(labelled) :] = LABEL
+        # sorted by row and id; runs are nearly in order, which the stable sort uses
+        key = np.sort((rows << (ID_BITS + KIND_BITS)) | (ids << KIND_BITS) | kinds, kind="stable")
+        rows, kinds = key >> (ID_BITS + KIND_BITS), key & ((1 << KIND_BITS) - 1)
+        ids = (key >> KIND_BITS) & ((1 << ID_BITS) - 1)
+        if ((ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])).any():
+            raise ValueError("an id occurs twice at one position")
+        if self.plan.scheme == "pps":
+            logs, tail = (
+                self._pps_logs(kinds, rows, shares, rests, context),
+                np.full(length, -np.inf, np.float32),
+            )
+        else:
+            logs, tail = self._logs(planes, kinds, rows, length, context)
+        return _padded(ids, logs, heads + rests + implied, tail)
+
+    def _implied(self, context: Context) -> NDArray[np.bool_]:
+        """True where the label is in the head and its log code says its weight."""
+        return context.label_codes.astype(np.int64) <= self._implied_up_to
 
     def _gaps(
-        self, ids: NDArray[np.int32], chosen: NDArray[np.bool_]
+        self, rows: NDArray[np.int64], ids: NDArray[np.int32], head: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rank gaps minus 1 of the chosen entries, row by row, and the order of columns that sorts them."""
-        far = np.iinfo(np.int32).max
-        rank = np.where(chosen, self.ranks.rank_of[np.where(chosen, ids, 0)], far).astype(np.int64)
-        order = np.argsort(rank, axis=1, kind="stable")
-        rank = np.take_along_axis(rank, order, 1)
-        gaps = np.diff(rank, axis=1, prepend=-1) - 1
-        return gaps[rank < far], order
+        """Order of the entries (heads by position, then rests; by rank in each) and their rank gaps, from 1."""
+        run = (~head).astype(np.int64) * (int(rows.max(initial=0)) + 1) + rows
+        key = (run << ID_BITS) | self.ranks.rank_of[ids]
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        run, rank = key >> ID_BITS, key & ((1 << ID_BITS) - 1)
+        gaps = np.diff(rank, prepend=0)
+        first = np.diff(run, prepend=-1) != 0
+        gaps[first] = rank[first] + 1
+        return order, gaps
 
-    def _ids(self, gaps: NDArray[np.unsignedinteger], counts: NDArray[np.int64]) -> NDArray[np.int32]:
-        total = np.cumsum(gaps.astype(np.int64) + 1)
-        before = np.concatenate([[0], total])[np.cumsum(counts) - counts]
-        rank = total - 1 - np.repeat(before, counts)
-        if len(rank) and rank.max() >= len(self.ranks.id_of):
+    def _ids(self, planes: Planes, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token ids of all runs, int64 [counts.sum()]."""
+        octaves = _first(planes["octaves"], int(counts.sum())).astype(np.int64)
+        if octaves.max(initial=0) > ID_BITS:
             raise ValueError("a gap leads outside the vocabulary")
-        ids: NDArray[np.int32] = self.ranks.id_of[rank]
-        return ids
+        reached = np.concatenate([[0], np.cumsum(_unpack(planes["bits"], octaves))])
+        before = reached[np.cumsum(counts) - counts]
+        ranks = reached[1:] - np.repeat(before, counts) - 1
+        if ranks.max(initial=0) >= len(self.ranks.id_of):
+            raise ValueError("a gap leads outside the vocabulary")
+        return self.ranks.id_of[ranks].astype(np.int64)
 
-    def _codes(self, weights: NDArray[np.float64]) -> NDArray[np.uint8]:
+    def _codes(
+        self,
+        weights: NDArray[np.float64],
+        rows: NDArray[np.int64],
+        mass: NDArray[np.float64],
+        context: Context,
+    ) -> NDArray[np.int64]:
+        """Codes of the head weights, which stand in rising order of `rows`; mass float64 [L] is the rest's."""
         if self.plan.scheme == "random":
-            return np.rint(weights * self.plan.draws).astype(np.uint8)
-        code = np.rint((np.minimum(weights, 1.0) ** 0.25 - self._floor) / self._step)
-        codes: NDArray[np.uint8] = np.clip(code, 0, CODES).astype(np.uint8)
+            return np.rint(weights * self.plan.draws).astype(np.int64)
+        low, share = _cell_of(self._weights, weights)
+        if self.plan.scheme != "pps":
+            # topk's code 0 would be no weight at all
+            return np.maximum(low + (share > 0.5), int(self.plan.scheme == "topk"))
+        uniform = self._uniforms(context.key, len(weights) + len(mass))
+        codes = low + (share > uniform[: len(weights)])
+        mass_low, mass_share = _cell_of(self._masses, mass)
+        mass_codes = mass_low + (mass_share > uniform[len(weights) :])
+        largest = _largest(weights, rows)
+        largest = largest[weights[largest] > mass[rows[largest]]]
+        codes[largest] = LEVELS + 1 + mass_codes[rows[largest]]
+        # Rounding up in several places may leave too little. Such rows are rounded down throughout.
+        shares = self._split(codes, rows, context)
+        squeezed = np.where(shares.marked, shares.largest, shares.mass) < 0
+        codes = np.where(squeezed[rows], low, codes)
+        codes[largest] = np.where(squeezed[rows], LEVELS + 1 + mass_low[rows], codes)[largest]
         return codes
 
-    def _weights(
+    def _uniforms(self, key: str, count: int) -> NDArray[np.float64]:
+        """Uniform numbers in [0, 1) for the rounding of one window."""
+        digest = hashlib.blake2b(f"{self.plan.seed}/{key}/rounding".encode(), digest_size=16).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
+
+    def _split(self, codes: NDArray[np.int64], rows: NDArray[np.int64], context: Context) -> Shares:
+        """Under `pps`: what rest and largest head entry of each position weigh."""
+        length = len(context.labels)
+        marked = codes > LEVELS
+        if codes.max(initial=0) > 2 * LEVELS + 1:
+            raise ValueError("a weight code is too large")
+        if np.bincount(rows[marked], minlength=length).max(initial=0) > 1:
+            raise ValueError("a position has two largest entries")
+        others = np.bincount(rows, np.where(marked, 0, self._units[np.where(marked, 0, codes)]), length)
+        left = ONE - np.where(self._implied(context), self._label_units[context.label_codes], 0)
+        left -= others.astype(np.int64)  # exact: the sums stay below 2^53
+        mass = left.copy()
+        mass[rows[marked]] = self._mass_units[codes[marked] - LEVELS - 1]
+        has_marked = np.zeros(length, bool)
+        has_marked[rows[marked]] = True
+        return Shares(mass, left - mass, has_marked)
+
+    def _draws(self, mass: NDArray[np.int64], context: Context) -> NDArray[np.int64]:
+        """How many draws `pps` makes of a rest of `mass`; 0 without a label."""
+        draws = np.maximum(-(-mass // self._tau_units), 1)
+        return np.where(context.label_codes == NO_LOG, 0, draws)
+
+    def _pps_logs(
         self,
-        codes: NDArray[np.uint8],
-        tails: NDArray[np.uint16] | None,
-        explicit: NDArray[np.int64],
-        implied: NDArray[np.int64],
-        positions: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weights of all entries and log tails, every row summing to 1."""
-        length, cut = len(explicit), len(codes)
-        coded = codes.astype(np.float64) if self.plan.scheme == "random" else self._table[codes]
-        coded_sum = np.bincount(positions[:cut], coded, length).astype(np.float64)
-        if tails is None:
-            total = np.where(implied > 0, np.maximum(1.0, coded_sum + LEAST_SHARE * implied), coded_sum)
-            share = (total - coded_sum) / np.maximum(implied, 1)
-            weights = np.concatenate([coded, share[positions[cut:]]]) / total[positions]
-            return weights, np.full(length, -np.inf)
-        tail = _tail(tails, coded_sum)
-        scale = (1.0 - tail) / np.maximum(coded_sum, 1e-300)
+        kinds: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        shares: Shares,
+        rests: NDArray[np.int64],
+        context: Context,
+    ) -> NDArray[np.float32]:
+        """Log weights of the entries, every row summing to 1."""
+        least = float(LEAST_SHARE)
+        share, largest = (
+            np.maximum(shares.mass / np.maximum(rests, 1), least),
+            np.maximum(shares.largest, least),
+        )
+        label = context.label_codes * (-1.0 / LOG_STEPS)
+        by_row = np.stack([np.log(share / ONE), label, np.log(largest / ONE)])
+        logs = np.log(self._weights)[np.minimum(kinds, LEVELS)]
+        without_code = (kinds >= REST).nonzero()[0]
+        logs[without_code] = by_row[kinds[without_code] - REST, rows[without_code]]
+        # 1 but for the two floors above, and where a rest without entries was given some mass
+        total = ONE - shares.mass + share * rests + np.where(shares.marked, largest - shares.largest, 0.0)
+        return (logs - np.log(np.maximum(total, 1.0) / ONE)[rows]).astype(np.float32)
+
+    def _logs(
+        self, planes: Planes, kinds: NDArray[np.int64], rows: NDArray[np.int64], length: int, context: Context
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Log weights of the entries and log tails of the positions, every row summing to 1."""
+        if self.plan.scheme == "random":
+            weights = kinds.astype(np.float64)
+        else:
+            if kinds[kinds < REST].max(initial=0) > LEVELS:
+                raise ValueError("a weight code is too large")
+            label = np.exp(context.label_codes[rows] * (-1.0 / LOG_STEPS))
+            weights = np.where(kinds == LABEL, label, self._weights[np.minimum(kinds, LEVELS)])
+        if weights.min(initial=1.0) <= 0:
+            raise ValueError("a weight code means no weight")
+        kept = np.bincount(rows, weights, length)
+        tail = _tail(planes["tails"], kept) if self.plan.has_tail else np.zeros(length)
+        scale = (1.0 - tail) / np.maximum(kept, 1e-30)
         with np.errstate(divide="ignore"):  # no tail: log 0 = -inf is what we mean
-            return coded * scale[positions], np.log(tail)
+            return np.log(weights * scale[rows]).astype(np.float32), np.log(tail).astype(np.float32)
 
 
-def _tail(codes: NDArray[np.uint16], coded_sum: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Tail weights: what the explicit weights leave, held inside the half step around the log code.
+def _cells(lowest: float) -> NDArray[np.float64]:
+    """Ends of the quantiser's cells, float64 [LEVELS + 1], by multiplication only: equal on every machine."""
+    floor = float(np.sqrt(np.sqrt(lowest)))
+    root = floor + (1.0 - floor) / LEVELS * np.arange(LEVELS + 1)
+    root[-1] = 1.0
+    return root * root * (root * root)
+
+
+def _cell_of(
+    ends: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The cell each value lies in, and where inside it, 0 to 1."""
+    low = np.clip(np.searchsorted(ends, values, side="right") - 1, 0, LEVELS - 1)
+    return low, (values - ends[low]) / (ends[low + 1] - ends[low])
+
+
+def _largest(weights: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index of the first largest weight of each row that has any; `rows` rise."""
+    starts = np.diff(rows, prepend=-1).nonzero()[0]
+    if not len(starts):
+        return starts
+    most = np.maximum.reduceat(weights, starts)
+    candidates = (weights == np.repeat(most, np.diff(starts, append=len(rows)))).nonzero()[0]
+    return candidates[np.diff(rows[candidates], prepend=-1) != 0]
+
+
+def _label_units() -> NDArray[np.int64]:
+    """exp(-code / LOG_STEPS) in units of 1 / ONE, int64 [65536], by multiplication only; 0 for NO_LOG."""
+    weights = np.multiply.accumulate(np.concatenate([[1.0], np.full(NO_LOG - 1, STEP_RATIO)]))
+    return np.append(np.rint(weights * ONE).astype(np.int64), 0)
+
+
+def _first(plane: NDArray[np.unsignedinteger], count: int) -> NDArray[np.unsignedinteger]:
+    if len(plane) < count:
+        raise ValueError("a plane is too short")
+    return plane[:count]
+
+
+def _pack(values: NDArray[np.int64], widths: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """The low `widths` bits of each value one after the other, lowest first."""
+    ends = np.cumsum(widths)
+    bit = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - widths, widths)
+    return np.packbits(((np.repeat(values, widths) >> bit) & 1).astype(np.uint8), bitorder="little")
+
+
+def _unpack(bits: NDArray[np.unsignedinteger], octaves: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Gaps from their octaves and the packed bits below them. Raises ValueError if bits are missing."""
+    ends = np.cumsum(octaves)
+    starts = ends - octaves
+    if len(ends) and ends[-1] > 8 * len(bits):
+        raise ValueError("a plane is too short")
+    buffer = np.zeros(len(bits) + 4, np.uint8)
+    buffer[: len(bits)] = bits
+    words = np.ndarray(
+        (len(bits) + 1,), np.dtype("<u4"), buffer, 0, (1,)
+    )  # the 32 bits that start at each byte
+    top = 1 << octaves
+    return ((words[starts >> 3].astype(np.int64) >> (starts & 7)) & (top - 1)) | top
+
+
+def _tail(codes: NDArray[np.unsignedinteger], kept: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Tail weights: what the kept weights leave, held inside the half step around the log code.
 
     Near 1 the code alone would be too coarse (its half step is as large as the kept mass), near 0 the sum.
     """
     steps = codes.astype(np.float64)
     least, most = np.exp(-(steps + 0.5) / LOG_STEPS), np.exp(-np.maximum(steps - 0.5, 0.0) / LOG_STEPS)
-    return np.where(codes == NO_LOG, 0.0, np.clip(1.0 - coded_sum, least, most))
-
-
-def _rows(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.repeat(np.arange(len(counts)), counts)
+    return np.where(codes == NO_LOG, 0.0, np.clip(1.0 - kept, least, np.minimum(most, 1 - 1e-9)))
 
 
 def _padded(
-    ids: NDArray[np.int32],
-    weights: NDArray[np.float64],
-    positions: NDArray[np.int64],
-    log_tail: NDArray[np.float64],
+    ids: NDArray[np.int64],
+    logs: NDArray[np.float32],
+    counts: NDArray[np.int64],
+    tail: NDArray[np.float32],
 ) -> SparseTargets:
-    """Flat entries -> SparseTargets with ascending ids; entries without weight are left out."""
-    weighty = weights > 0
-    ids, weights, positions = ids[weighty], weights[weighty], positions[weighty]
-    order = np.lexsort((ids, positions))
-    ids, weights, positions = ids[order], weights[order], positions[order]
-    counts = np.bincount(positions, minlength=len(log_tail))
-    slots = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    shape = (len(log_tail), int(counts.max(initial=0)))
-    padded_ids = np.full(shape, PADDING_ID, np.int32)
-    logprobs = np.full(shape, -np.inf, np.float32)
-    padded_ids[positions, slots] = ids
-    logprobs[positions, slots] = np.log(weights)
+    """Entries sorted by row and id -> SparseTargets."""
+    length, width = len(counts), int(counts.max(initial=0))
+    starts = np.cumsum(counts) - counts
+    flat = np.arange(len(ids)) - np.repeat(starts - np.arange(length) * width, counts)
+    padded_ids = np.full(length * width, PADDING_ID, np.int32)
+    logprobs = np.full(length * width, -np.inf, np.float32)
+    padded_ids[flat] = ids
+    logprobs[flat] = logs
+    shape = (length, width)
     return SparseTargets(
-        ids=torch.from_numpy(padded_ids),
-        logprobs=torch.from_numpy(logprobs),
-        tail=torch.from_numpy(log_tail.astype(np.float32)),
+        ids=torch.from_numpy(padded_ids.reshape(shape)),
+        logprobs=torch.from_numpy(logprobs.reshape(shape)),
+        tail=torch.from_numpy(tail),
     )
 
 

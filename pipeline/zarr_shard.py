@@ -78,7 +78,8 @@ def write_group(folder: Path, attributes: Mapping[str, Mapping[str, Any]], array
 def _write_array(group: Any, name: str, values: NDArray[Any]) -> None:
     from zarr.codecs import BloscCodec, Crc32cCodec
 
-    compressor = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=values.dtype.itemsize)
+    # level 1 shrinks the codes best (5 finds matches that are none) and is the fastest
+    compressor = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=values.dtype.itemsize)
     array = group.create_array(
         name,
         shape=values.shape,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import ddk_pipe
@@ -18,7 +17,6 @@ from ddk_pipe.pipeline.cache import (
     ShardRecord,
     all_shards,
     committed,
-    ranks_digest,
     split_size,
 )
 from ddk_pipe.pipeline.codec import Ranks
@@ -42,6 +40,7 @@ from ddk_pipe.stages.engines import local
 from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.progress import say, track
 from ddk_pipe.stages.runtime import pick_device, pick_dtype
+from ddk_pipe.stages.sample import fit_ranks
 from ddk_pipe.stages.teachers import Teacher, Window, choose_backend, open_teacher
 
 # Bytes per position to expect, by scheme: for the check of free space only. Entries cost 1.4 to 2.3 bytes.
@@ -70,9 +69,9 @@ def cache_teacher(project: Project) -> Outcome:
     check_plan(project, plan, backend)
     splits = prepare(project)
     vocab_size = int(text_config(config).vocab_size)
-    spec, ranks = make_spec(project, splits, plan, folder, vocab_size)
+    spec = make_spec(project, splits, plan, folder, vocab_size)
     cache = project.cache
-    writer = CacheWriter(cache, spec, ranks)
+    writer = CacheWriter(cache, spec)
     pending = [shard for shard in writer.pending() if shard.domain in splits]
     total = len([shard for shard in all_shards(writer.spec) if shard.domain in splits])
     if not pending:
@@ -102,8 +101,8 @@ def check_plan(project: Project, plan: Plan, backend: str) -> None:
 
 def make_spec(
     project: Project, splits: dict[str, dict[str, Split]], plan: Plan, folder: Path, vocab_size: int
-) -> tuple[CacheSpec, Ranks]:
-    """What cache.json will say, and the rank table fitted to the training tokens."""
+) -> CacheSpec:
+    """What cache.json will say."""
     options = project.manifest.teacher
     tokenizer = load_tokenizer(
         project.tokenizer, field="tokenizer", trust_remote_code=options.trust_remote_code
@@ -120,12 +119,8 @@ def make_spec(
             hint="use the teacher's own tokenizer",
         )
     device = torch.device(pick_device(options.device))
-    counts = np.zeros(vocab_size, np.int64)
-    for domain in splits.values():
-        counts[: len(domain[TRAIN].token_counts)] += domain[TRAIN].token_counts
-    ranks = Ranks.fit(counts)
     shard_windows = project.manifest.cache.shard_windows
-    spec = CacheSpec(
+    return CacheSpec(
         teacher={
             "weights_digest": weights_digest(folder),
             "dtype": str(pick_dtype(options.dtype, device)).removeprefix("torch."),
@@ -134,14 +129,12 @@ def make_spec(
         vocab_size=vocab_size,
         seq_len=project.manifest.seq_len,
         plan=plan,
-        ranks_digest=ranks_digest(ranks),
         domains={
             name: {split: split_size(opened, shard_windows) for split, opened in domain.items()}
             for name, domain in splits.items()
         },
         about={"model": options.model, "ddk_pipe": ddk_pipe.__version__},
     )
-    return spec, ranks
 
 
 def _run(
@@ -157,6 +150,10 @@ def _run(
             f"the teacher predicts {teacher.vocab_size:,} tokens, its configuration says {writer.spec.vocab_size:,}",
             hint="mend vocab_size in its config.json",
         )
+    for domain in dict.fromkeys(shard.domain for shard in pending):
+        if not writer.has_ranks(domain):
+            say(f"cache-teacher: {domain}: a few windows to see which ids the teacher keeps")
+            writer.add_ranks(domain, _ranks(project, writer, teacher, domain, splits[domain][TRAIN]))
     seq_len = writer.spec.seq_len
     everything = sum(shard.windows for shard in all_shards(writer.spec) if shard.domain in splits) * seq_len
     positions = sum(shard.windows for shard in pending) * seq_len
@@ -178,6 +175,17 @@ def _run(
         f" {size:.1f} bytes/position"
     )
     return Outcome(len(pending), total - len(pending), positions, seconds, size)
+
+
+def _ranks(project: Project, writer: CacheWriter, teacher: Teacher, domain: str, split: Split) -> Ranks:
+    return fit_ranks(
+        teacher,
+        domain,
+        split,
+        writer.spec.plan,
+        vocab_size=writer.spec.vocab_size,
+        batch_windows=project.manifest.teacher.batch_windows,
+    )
 
 
 def _shard(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,
     CacheWriter,
+    Codecs,
     Shard,
     ShardRecord,
     SplitSize,
@@ -30,13 +32,13 @@ from ddk_pipe.pipeline.cache import (
     check_shard,
     committed,
     group_of,
-    ranks_digest,
+    read_ranks,
     read_record,
     read_spec,
     shards_of,
     verify_shard,
 )
-from ddk_pipe.pipeline.codec import Ranks
+from ddk_pipe.pipeline.codec import Context, Ranks, encode_log
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, open_folder
@@ -47,14 +49,13 @@ VOCAB, SEQ_LEN = 90, 12
 SIZES = {TRAIN: SplitSize(10, 4, "train-digest"), VALIDATION: SplitSize(3, 4, "validation-digest")}
 
 
-def make_spec(plan: Plan, ranks: Ranks, **changes: Any) -> CacheSpec:
+def make_spec(plan: Plan, **changes: Any) -> CacheSpec:
     values: dict[str, Any] = {
         "teacher": {"weights_digest": "w", "dtype": "float32"},
         "tokenizer_digest": "t",
         "vocab_size": VOCAB,
         "seq_len": SEQ_LEN,
         "plan": plan,
-        "ranks_digest": ranks_digest(ranks),
         "domains": {"code": SIZES, "plays": SIZES},
         **changes,
     }
@@ -96,9 +97,17 @@ def make_plan(scheme: str = "pps", **changes: Any) -> Plan:
 RANKS = Ranks.fit(np.random.default_rng(0).integers(0, 50, VOCAB))
 
 
+def open_writer(folder: Folder, spec: CacheSpec) -> CacheWriter:
+    """A writer whose domains have rank tables."""
+    writer = CacheWriter(folder, spec)
+    for domain in spec.domains:
+        writer.add_ranks(domain, RANKS)
+    return writer
+
+
 def fill(folder: Folder) -> CacheWriter:
     """A complete cache of two domains."""
-    writer = CacheWriter(folder, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(folder, make_spec(make_plan()))
     for shard in writer.pending():
         write_shard(writer, shard)
     return writer
@@ -132,7 +141,7 @@ FIRST, SECOND = Shard("code", TRAIN, 0, 0, 4), Shard("code", TRAIN, 1, 4, 4)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_is_read_is_what_was_written(tmp_path: Path, scheme: str, temperature: float) -> None:
     folder = LocalFolder(tmp_path)
-    writer = CacheWriter(folder, make_spec(make_plan(scheme), RANKS, domains={"code": SIZES}), RANKS)
+    writer = open_writer(folder, make_spec(make_plan(scheme), domains={"code": SIZES}))
     for shard in writer.pending():
         write_shard(writer, shard)
     reader = CacheReader(folder, temperature)
@@ -146,36 +155,26 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, scheme: str, temperatu
             known = selected.label_logprobs.numpy()
             assert np.array_equal(np.isnan(got.label_logprobs), np.isnan(known))
             assert np.nanmax(np.abs(got.label_logprobs - known)) <= 1 / 4096 + 1e-6
-            wanted = writer.codec.decode(writer.codec.encode(selected.targets[int(temperature != 1.0)]))
+            slot = int(temperature != 1.0)
+            codec, _ = Codecs(folder, writer.spec).of("code", slot)
+            codes = encode_log(selected.label_logprobs.numpy())
+            context = Context(labels_of(tokens, mask, no_label=NO_LABEL), codes, shard.key(number))
+            wanted = codec.decode(codec.encode(selected.targets[slot], context), context)
             assert got.targets.ids.equal(wanted.ids) and got.targets.logprobs.equal(wanted.logprobs)
 
 
 def test_plain_zarr_reads_the_arrays_and_thirty_lines_of_numpy_decode_them(folder: LocalFolder) -> None:
-    """The recipe of docs/cache-format.md, with nothing of ours."""
+    """The recipe of docs/cache-format.md, as it stands there, with nothing of ours."""
+    text = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```python\n(def decode.*?)```", text, re.DOTALL)
+    assert len(recipe.splitlines()) <= 36
+    names: dict[str, Any] = {}
+    exec(recipe, {"np": np}, names)  # noqa: S102 (our own documentation)
     group: Any = zarr.open_group(group_path(folder, SECOND), mode="r")
-    id_of = np.load(folder.path / "ranks.npy", allow_pickle=False)
-    tau, row = 0.02, 2
-    counts = np.stack([group["t0/explicit"][row], group["t0/implied"][row]], axis=1).astype(int)
-    explicit, implied = counts.sum(0)
-    gaps = group["t0/gaps"][row][: explicit + implied].astype(int)
-    codes = group["t0/codes"][row][:explicit].astype(float)
-    floor = tau**0.25
-    weights = (floor + (1 - floor) / 255 * codes) ** 4
-    positions = []
-    at_explicit, at_implied = 0, explicit
-    for n_explicit, n_implied in counts:
-        ids: list[int] = []
-        values: list[float | None] = []
-        for start, n, kind in ((at_explicit, n_explicit, "explicit"), (at_implied, n_implied, "implied")):
-            ranks = np.cumsum(gaps[start : start + n] + 1) - 1
-            ids += id_of[ranks].tolist()
-            values += weights[start : start + n].tolist() if kind == "explicit" else [None] * n
-        known = sum(value for value in values if value is not None)
-        share = (1 - known) / max(n_implied, 1)
-        full = [share if value is None else value for value in values]
-        positions.append(dict(zip(ids, np.array(full) / (sum(full) or 1), strict=True)))
-        at_explicit, at_implied = at_explicit + n_explicit, at_implied + n_implied
+    id_of = np.load(folder.path / "code" / "ranks.npy", allow_pickle=False)
+    positions = names["decode"](group, 2, id_of, 0.02)
     got = CacheReader(folder, 1.0).read("code", TRAIN, 6).targets
+    assert len(positions) == got.positions
     for position, expected in enumerate(positions):
         kept = got.ids[position] >= 0
         found = dict(
@@ -187,8 +186,8 @@ def test_plain_zarr_reads_the_arrays_and_thirty_lines_of_numpy_decode_them(folde
 @pytest.mark.parametrize("scheme", ["pps", "threshold", "topk", "random"])
 def test_positions_without_label_cost_no_entries(tmp_path: Path, scheme: str) -> None:
     plan = make_plan(scheme, temperatures=(1.0,))
-    writer = CacheWriter(
-        LocalFolder(tmp_path), make_spec(plan, RANKS, domains={"code": {TRAIN: SplitSize(1, 4, "x")}}), RANKS
+    writer = open_writer(
+        LocalFolder(tmp_path), make_spec(plan, domains={"code": {TRAIN: SplitSize(1, 4, "x")}})
     )
     (shard,) = writer.pending()
     tokens = np.zeros((1, SEQ_LEN), np.int64)
@@ -210,7 +209,7 @@ def test_shards_cover_every_window_once() -> None:
 
 def test_computing_a_shard_twice_gives_the_same_bytes(folder: LocalFolder, tmp_path: Path) -> None:
     again = LocalFolder(tmp_path / "again")
-    write_shard(CacheWriter(again, make_spec(make_plan(), RANKS), RANKS), FIRST)
+    write_shard(open_writer(again, make_spec(make_plan())), FIRST)
     one, other = (group_path(cache, FIRST) for cache in (folder, again))
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files and all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
@@ -220,7 +219,7 @@ def test_computing_a_shard_twice_gives_the_same_bytes(folder: LocalFolder, tmp_p
 
 
 def test_a_crash_before_the_record_leaves_the_shard_pending_and_is_cleaned_up(place: Folder) -> None:
-    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(place, make_spec(make_plan()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CacheWriter, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -229,7 +228,7 @@ def test_a_crash_before_the_record_leaves_the_shard_pending_and_is_cleaned_up(pl
     reader = CacheReader(place, 1.0)
     with pytest.raises(DdkError, match="not committed"):
         reader.read("code", TRAIN, 0)
-    record = write_shard(CacheWriter(place, make_spec(make_plan(), RANKS), RANKS), FIRST)
+    record = write_shard(open_writer(place, make_spec(make_plan())), FIRST)
     assert FIRST not in writer.pending() and groups(place, FIRST) == {record.group}
     assert reader.read("code", TRAIN, 0).tokens.shape == (SEQ_LEN,)
 
@@ -239,7 +238,7 @@ def groups(folder: Folder, shard: Shard) -> set[str]:
 
 
 def test_of_two_writers_of_one_shard_one_wins_and_nothing_of_the_other_stays(place: Folder) -> None:
-    writers = [CacheWriter(place, make_spec(make_plan(), RANKS), RANKS) for _ in range(3)]
+    writers = [open_writer(place, make_spec(make_plan())) for _ in range(3)]
     for shard in (FIRST, SECOND):
         records = together(
             *(lambda writer=writer, shard=shard: write_shard(writer, shard) for writer in writers)
@@ -247,7 +246,7 @@ def test_of_two_writers_of_one_shard_one_wins_and_nothing_of_the_other_stays(pla
         assert all(isinstance(record, ShardRecord) for record in records), records
         (group,) = {record.group for record in records if isinstance(record, ShardRecord)}
         assert groups(place, shard) == {group}
-        verify_shard(place, shard, writers[0].spec, writers[0].codec)
+        verify_shard(place, shard, writers[0].spec, Codecs(place, writers[0].spec))
     assert not any("partial" in name for name in place.names())
 
 
@@ -257,19 +256,19 @@ def test_two_processes_that_cache_the_same_shards(tmp_path: Path) -> None:
         list(pool.map(fill_in_process, [place, place]))
     reader = CacheReader(place, 1.0)
     for shard in shards_of("code", TRAIN, SIZES[TRAIN]):
-        verify_shard(place, shard, reader.spec, reader.codec)
+        verify_shard(place, shard, reader.spec, Codecs(place, reader.spec))
         assert len(groups(place, shard)) == 1
 
 
 def fill_in_process(folder: Folder) -> None:
-    writer = CacheWriter(folder, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(folder, make_spec(make_plan()))
     for shard in shards_of("code", TRAIN, SIZES[TRAIN]):  # also those that the other one has committed by now
         write_shard(writer, shard)
 
 
 def test_a_writer_whose_own_commit_is_reported_as_someone_elses(place: Folder) -> None:
     """A store may lose the answer to a put and refuse the second try: the record is ours all the same."""
-    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(place, make_spec(make_plan()))
     create = place.create
 
     def twice(name: str, content: bytes) -> None:
@@ -280,20 +279,26 @@ def test_a_writer_whose_own_commit_is_reported_as_someone_elses(place: Folder) -
         patch.setattr(place, "create", twice)
         record = write_shard(writer, FIRST)
     assert groups(place, FIRST) == {record.group}
-    verify_shard(place, FIRST, writer.spec, writer.codec)
+    verify_shard(place, FIRST, writer.spec, Codecs(place, writer.spec))
 
 
-def test_the_first_of_two_new_caches_names_the_rank_table(tmp_path: Path) -> None:
-    others = Ranks.of(RANKS.id_of[::-1].copy())
+def test_the_first_of_two_writers_gives_a_domain_its_rank_table(tmp_path: Path) -> None:
     place = LocalFolder(tmp_path)
-    one = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
-    two = CacheWriter(place, make_spec(make_plan(), others), others)
-    assert one.spec.fingerprint == two.spec.fingerprint
-    assert np.array_equal(two.ranks.id_of, RANKS.id_of)
+    open_writer(place, make_spec(make_plan()))
+    two = CacheWriter(place, make_spec(make_plan()))
+    assert two.has_ranks("code")
+    two.add_ranks("code", Ranks.of(RANKS.id_of[::-1].copy()))
+    assert np.array_equal(read_ranks(place, "code", VOCAB).id_of, RANKS.id_of)
+
+
+def test_a_domain_without_a_rank_table_is_named(tmp_path: Path) -> None:
+    writer = CacheWriter(LocalFolder(tmp_path), make_spec(make_plan()))
+    with pytest.raises(DdkError, match=r"code/ranks\.npy: missing"):
+        write_shard(writer, FIRST)
 
 
 def test_a_label_the_teacher_thinks_impossible_stays_a_label(tmp_path: Path) -> None:
-    writer = CacheWriter(LocalFolder(tmp_path), make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(LocalFolder(tmp_path), make_spec(make_plan()))
     tokens, masks, selected = zip(*(window(FIRST, n, writer.spec.plan) for n in range(4)), strict=True)
     impossible = selected[1].label_logprobs.clone()
     at = int((~impossible.isnan()).nonzero()[0, 0])
@@ -308,7 +313,7 @@ def test_a_label_the_teacher_thinks_impossible_stays_a_label(tmp_path: Path) -> 
 
 
 def test_incomplete_caches_are_named(place: Folder) -> None:
-    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(place, make_spec(make_plan()))
     write_shard(writer, FIRST)
     with pytest.raises(DdkError, match="2 of 3 shards of code/train are not there yet"):
         CacheReader(place, 1.0).require_complete(["code"])
@@ -330,7 +335,7 @@ def test_many_threads_read_one_reader(folder: LocalFolder, monkeypatch: pytest.M
 
 def test_a_new_domain_joins_and_nothing_else_may_change(folder: LocalFolder) -> None:
     more = {"new": {TRAIN: SplitSize(2, 4, "n")}}
-    writer = CacheWriter(folder, make_spec(make_plan(), RANKS, domains=more), RANKS)
+    writer = open_writer(folder, make_spec(make_plan(), domains=more))
     assert [shard.name for shard in writer.pending()] == ["new/train/00000"]
     assert set(read_spec(folder).domains) == {"code", "plays", "new"}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -345,12 +350,12 @@ def test_a_new_domain_joins_and_nothing_else_may_change(folder: LocalFolder) -> 
     ]
     for changes, expected in cases:
         with pytest.raises(DdkError, match=expected):
-            CacheWriter(folder, make_spec(changes.pop("plan", make_plan()), RANKS, **changes), RANKS)
+            open_writer(folder, make_spec(changes.pop("plan", make_plan()), **changes))
 
 
 def test_one_temperature_more_is_another_cache(folder: LocalFolder) -> None:
     with pytest.raises(DdkError, match="temperatures"):
-        CacheWriter(folder, make_spec(make_plan(temperatures=(1.0, 2.0, 4.0)), RANKS), RANKS)
+        open_writer(folder, make_spec(make_plan(temperatures=(1.0, 2.0, 4.0))))
     with pytest.raises(DdkError, match=r"temperature 4.0 is not in the cache \(it has 1.0, 2.0\)"):
         CacheReader(folder, 4.0)
 
@@ -368,15 +373,15 @@ def read_all(folder: Folder) -> None:
 def verify_all(folder: Folder) -> None:
     reader = CacheReader(folder, 1.0)
     for shard in all_shards(reader.spec):
-        verify_shard(folder, shard, reader.spec, reader.codec)
+        verify_shard(folder, shard, reader.spec, Codecs(folder, reader.spec))
 
 
 def test_verifying_finds_the_statistics_of_the_record(place: Folder) -> None:
-    writer = CacheWriter(place, make_spec(make_plan(), RANKS), RANKS)
+    writer = open_writer(place, make_spec(make_plan()))
     for shard in (FIRST, SECOND):
         write_shard(writer, shard)
     for shard, record in committed(place, writer.spec):
-        facts = verify_shard(place, shard, writer.spec, writer.codec)
+        facts = verify_shard(place, shard, writer.spec, Codecs(place, writer.spec))
         assert (facts.positions, facts.entries) == (record.positions, record.entries)
         assert facts.label_nats == record.label_nats
     assert [shard for shard, _ in committed(place, writer.spec)] == [FIRST, SECOND]
@@ -412,7 +417,7 @@ def test_any_flipped_byte_of_a_shard_is_noticed(folder: LocalFolder) -> None:
     verify_all(folder)
 
 
-@pytest.mark.parametrize("target", ["gaps", "labels", "tokens"])
+@pytest.mark.parametrize("target", ["octaves", "labels", "tokens"])
 def test_missing_and_truncated_files(folder: LocalFolder, target: str) -> None:
     path = next(
         path for path in sorted(group_path(folder, FIRST).rglob(f"{target}/c/**/*")) if path.is_file()
@@ -596,7 +601,7 @@ JSON = st.recursive(
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_cache_json_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
-    values = json.loads(make_spec(make_plan(), RANKS).to_json())
+    values = json.loads(make_spec(make_plan()).to_json())
     name = data.draw(st.sampled_from(sorted(values)))
     values[name] = data.draw(JSON)
     (tmp_path / "cache.json").write_text(json.dumps(values))
@@ -604,7 +609,7 @@ def test_any_cache_json_is_read_or_refused(data: st.DataObject, tmp_path: Path) 
         read_spec(LocalFolder(tmp_path))
     except DdkError:
         return
-    same = json.loads(make_spec(make_plan(), RANKS).to_json()) == values
+    same = json.loads(make_spec(make_plan()).to_json()) == values
     assert name in ("plan", "about", "domains") or same
     assert name != "plan" or Plan.from_dict(values["plan"]).settings() == make_plan().settings()
 
@@ -619,7 +624,7 @@ def test_any_sealed_record_is_read_or_refused(data: st.DataObject, folder: Local
     try:
         reader = CacheReader(folder, 1.0)
         reader.read("code", TRAIN, 0)
-        verify_shard(folder, FIRST, reader.spec, reader.codec)
+        verify_shard(folder, FIRST, reader.spec, Codecs(folder, reader.spec))
     except DdkError:
         pass
     finally:
@@ -627,16 +632,17 @@ def test_any_sealed_record_is_read_or_refused(data: st.DataObject, folder: Local
 
 
 def test_foreign_rank_table(folder: LocalFolder) -> None:
-    path = folder.path / "ranks.npy"
+    path = folder.path / "code" / "ranks.npy"
     np.save(path, RANKS.id_of[::-1].copy())
-    with pytest.raises(DdkError, match="not the table of this cache"):
-        CacheReader(folder, 1.0)
+    with pytest.raises(DdkError, match=r"ranks\.npy: not the table that code/train/00000 was coded with"):
+        CacheReader(folder, 1.0).read("code", TRAIN, 0)
+    assert CacheReader(folder, 1.0).read("plays", TRAIN, 0).tokens.shape == (SEQ_LEN,)  # has its own
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DdkError, match=r"ranks\.npy"):
-        CacheReader(folder, 1.0)
+        CacheReader(folder, 1.0).read("code", TRAIN, 0)
     path.write_bytes(b"")
     with pytest.raises(DdkError, match=r"ranks\.npy"):
-        CacheReader(folder, 1.0)
+        CacheReader(folder, 1.0).read("code", TRAIN, 0)
 
 
 def test_reading_past_the_end(folder: LocalFolder) -> None:
@@ -655,7 +661,7 @@ def test_reading_past_the_end(folder: LocalFolder) -> None:
 def test_damage_in_an_object_store(s3_url: str) -> None:
     place = open_folder(s3_url)
     assert isinstance(place, ObjectFolder)
-    writer = CacheWriter(place, make_spec(make_plan(), RANKS, domains={"code": {TRAIN: SIZES[TRAIN]}}), RANKS)
+    writer = open_writer(place, make_spec(make_plan(), domains={"code": {TRAIN: SIZES[TRAIN]}}))
     for shard in writer.pending():
         write_shard(writer, shard)
     record = read_record(place, FIRST, writer.spec)

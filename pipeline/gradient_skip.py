@@ -35,7 +35,9 @@ the forward pass is most of what is left. At T = 2, which takes a second softmax
 exact time. On drawn hidden states with an entropy of 6 nats 2e-3 keeps
 0.35 %, errs by 1.8 % in both and takes 0.53 of the exact time.
 
-Not studied: what Adam's second moment and gradient clipping make of the noise over a long training run.
+In training (AdamW, clipping, 60 steps of 256 tokens, four orders of the data) tau = 1e-3 ends at the loss of the exact
+gradient within noise (-0.006 +- 0.008 nats of 8.9) and a step takes 0.65 of its time: benchmarks/gradient_skip.py.
+Not studied: what Adam's second moment makes of the noise over thousands of steps.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ Direction = Literal["forward", "reverse"]
 Implementation = Literal["auto", "chunked", "triton"]
 
 # The logits of one chunk take at most this much, as much again when T != 1, and with a softcap. On a CPU
-# (N = 512, V = 49152, d = 576, one thread): 32, 64, 128 MiB take 0.99, 0.90, 0.91 of full
-# cross-entropy's time. A GPU needs more, or reading and writing dW once a chunk dominates.
-CPU_LOGIT_BYTES = 64 * 2**20
+# (N = 2048, V = 49152, d = 576, one thread) 24, 32, 40, 48, 64 MiB take 4.2, 4.0, 4.1, 3.9, 4.0 s, and peak
+# memory is 0.133, 0.150, 0.155 of full cross-entropy's at 32, 48, 64 MiB: dweight and dhidden alone are 0.097.
+# A GPU needs more, or reading and writing dweight once a chunk dominates.
+CPU_LOGIT_BYTES = 32 * 2**20
 DEVICE_LOGIT_BYTES = 2**30
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
@@ -202,7 +203,7 @@ class _Batch:
 
     live        int64 [n]       their places among the N positions
     labels      int64 [n]
-    ids         int64 [n, K]    unique in a row; padding is -1
+    ids         int   [n, K]    unique in a row; padding is -1. The caller's own where all are labelled
     log_weights       [n, K+1]  nats; the tail comes last; -inf at padding and for no tail
     """
 
@@ -221,7 +222,7 @@ class _Batch:
 def _reference_kl(log_student: Tensor, batch: _Batch, direction: Direction) -> Tensor:
     """log_student [n, V] float64 -> the KL over the classes "each id" and "the tail", summed."""
     row, slot = (batch.ids >= 0).nonzero(as_tuple=True)
-    token = batch.ids[row, slot]
+    token = batch.ids[row, slot].long()
     kept = torch.zeros_like(log_student, dtype=torch.bool)
     kept[row, token] = True
     log_tail = batch.log_weights[:, -1]
@@ -270,15 +271,26 @@ class _LinearSparseKd(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("second derivatives (create_graph=True): use the reference")
         live, *gradients = ctx.saved_tensors
-        # A product, never in place: backward may run again, and autograd may keep what it is given.
+        # In place only where this was the last use of what forward saved: dweight is the largest thing here.
+        scale = torch.mul if _graph_is_kept() else Tensor.mul_
         scaled = [
-            None if gradient is None else (gradient * upstream).to(dtype)
+            None if gradient is None else scale(gradient, upstream).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         if scaled[0] is not None and len(live) < ctx.positions:
             everywhere = scaled[0].new_zeros(ctx.positions, scaled[0].shape[1])
             scaled[0] = everywhere.index_copy_(0, live, scaled[0])
         return (*scaled, None, None, None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs may run again (retain_graph); True if torch does not say.
+
+    If not, autograd drops the saved tensors after this node and refuses to come back to it, so they may be
+    written over. If so, a second backward needs them, and the first one's result may be the caller's.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 def _chunked(
@@ -511,9 +523,11 @@ def _labelled(
     if targets is None:
         ids, log_weights = live.new_empty(n, 0), live.new_full((n, 1), _NEG_INF, dtype=dtype)
     else:
-        ids, chosen = targets.ids[live].long(), targets.rows(live)
-        log_kept = chosen.logprobs.to(dtype).masked_fill(ids == PADDING_ID, _NEG_INF)
-        log_weights = torch.cat([log_kept, chosen.tail.to(dtype)[:, None]], 1)
+        chosen = targets if n == len(labels) else targets.rows(live)
+        ids, k = chosen.ids, chosen.ids.shape[1]
+        log_weights = chosen.tail.new_empty(n, k + 1, dtype=dtype)
+        log_weights[:, :k].copy_(chosen.logprobs).masked_fill_(ids == PADDING_ID, _NEG_INF)
+        log_weights[:, k].copy_(chosen.tail)
     batch = _Batch(live, labels[live].long(), ids, log_weights)
     _check_labels_and_ids(batch, vocab)
     _check_divergence_is_finite(batch, vocab, terms.direction)
@@ -523,7 +537,7 @@ def _labelled(
 def _check_labels_and_ids(batch: _Batch, vocab: int) -> None:
     labels, ids = batch.labels, batch.ids
     ordered = _padding_last(ids)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != _AFTER_ANY_ID)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != _after_any_id(ids))
 
     def outside(row: int) -> str:
         bad = ids[row][(ids[row] >= vocab) | (ids[row] < PADDING_ID)]
@@ -565,12 +579,13 @@ def _check_divergence_is_finite(batch: _Batch, vocab: int, direction: Direction)
     )
 
 
-_AFTER_ANY_ID = torch.iinfo(torch.int64).max
+def _after_any_id(ids: Tensor) -> int:
+    return torch.iinfo(ids.dtype).max
 
 
 def _padding_last(ids: Tensor) -> Tensor:
-    """ids [n, K] ascending in each row, padding as `_AFTER_ANY_ID`; sorts only if need be."""
-    key = ids.masked_fill(ids == PADDING_ID, _AFTER_ANY_ID)
+    """ids [n, K] ascending in each row, padding as `_after_any_id`; sorts only if need be."""
+    key = ids.masked_fill(ids == PADDING_ID, _after_any_id(ids))
     return key if bool((key[:, 1:] >= key[:, :-1]).all()) else key.sort(1).values
 
 

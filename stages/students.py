@@ -14,7 +14,15 @@ from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd
 from ddk_pipe.pipeline.manifest import Project, Student
-from ddk_pipe.pipeline.models import check_length, head_is_plain, model_folder, read_config, text_config
+from ddk_pipe.pipeline.models import (
+    PROBE_TOKENS,
+    PROBE_TOLERANCE,
+    check_length,
+    head_is_plain,
+    model_folder,
+    read_config,
+    text_config,
+)
 from ddk_pipe.pipeline.targets import SparseTargets
 
 
@@ -22,12 +30,14 @@ class DistillStudent(nn.Module):
     """A causal language model whose forward returns the distillation loss: logits are never held.
 
     The loss reads the last hidden states and the output layer's weight, so it runs inside the forward,
-    where wrappers such as FSDP2 have the weight whole (facts/infrastructure.md).
+    where wrappers such as FSDP2 have the weight whole (facts/infrastructure.md). A soft cap of the model's
+    configuration (Gemma) is the loss's too.
     """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
+        self.softcap = logit_softcap(lm)
 
     def forward(
         self, tokens: Tensor, labels: Tensor, targets: SparseTargets | None, **options: Any
@@ -41,8 +51,15 @@ class DistillStudent(nn.Module):
             labels.flatten(),
             targets,
             bias=getattr(head, "bias", None),
+            softcap=self.softcap,
             **options,
         )
+
+
+def logit_softcap(lm: Any) -> float | None:
+    """c > 0 of a model whose logits are c tanh(raw / c) of its output layer's (`final_logit_softcapping`)."""
+    cap = getattr(text_config(lm.config), "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
 
 
 def build_student(project: Project, *, vocab_size: int, seed: int) -> Any:
@@ -72,12 +89,31 @@ def build_student(project: Project, *, vocab_size: int, seed: int) -> Any:
             f" {vocab_size:,} ids",
             hint=f"set vocab_size to at least {vocab_size}",
         )
-    if not head_is_plain(lm):
+    if not (head_is_plain(lm) if logit_softcap(lm) is None else _head_is_capped(lm)):
         raise DdkError(
-            f"{field}: {type(lm).__name__} soft-caps or scales its logits, which the loss does not do yet",
-            hint="choose a student without final_logit_softcapping or logit scaling",
+            f"{field}: {type(lm).__name__} scales its logits, or does something else to them that the loss does"
+            " not do",
+            hint="choose a student without logit scaling; final_logit_softcapping is fine",
         )
     return lm
+
+
+def _head_is_capped(lm: Any) -> bool:
+    """True if the model's own forward returns the output layer's logits soft-capped, and does nothing more.
+
+    Tried at a cap of 1 in place of the model's: random weights give logits that no usual cap would bend.
+    """
+    config, head = text_config(lm.config), lm.get_output_embeddings()
+    cap = config.final_logit_softcapping
+    config.final_logit_softcapping = 1.0
+    try:
+        with torch.inference_mode():
+            tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
+            whole = lm(input_ids=tokens, use_cache=False).logits.float()
+            parts = head(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    finally:
+        config.final_logit_softcapping = cap
+    return bool((whole - parts.tanh()).abs().max() <= PROBE_TOLERANCE)
 
 
 def _load(name: str, student: Student | None, field: str, *, revision: str | None = None) -> Any:

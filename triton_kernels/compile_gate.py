@@ -33,7 +33,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from ddk_pipe.triton_kernels import fused_linear_sparse_kl as fused
-from ddk_pipe.triton_kernels.sparse_kl import LAUNCHES, sparse_kl_rows
+from ddk_pipe.triton_kernels.sparse_kl import LAUNCHES, Launch, sparse_kl_rows
 
 TABLE = Path(__file__).with_name("compile_table.json")
 
@@ -43,6 +43,8 @@ class Target:
     gpu: Any  # GPUTarget
     shared_bytes: int  # what one program may use; the compiler does not check it
 
+
+MOST_THREADS = 1024  # of a program, on all of them; the compiler does not check it either
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),  # A100
@@ -98,6 +100,7 @@ class Variant:
     stages: int | None = None  # None: what triton takes by itself
     aligned: bool = True  # V and the row stride are multiples of 16, so that loads are wide
     must_spill: bool = False
+    rare: bool = False  # the tests leave it to main()
 
     def __str__(self) -> str:
         constants = (f"{name}={value}" for name, value in self.constants.items())
@@ -143,57 +146,82 @@ def tile_kernel(
     return Variant(kernel, target, dtype, constants, launch.warps, launch.stages, **rest)
 
 
-def shipped_rows(dtypes: Iterable[str], **rest: Any) -> list[Variant]:
-    """Every launch of sparse_kl_rows on every target: T = 1 and not."""
+def rows_of(launch: Launch, dtypes: Iterable[str], **rest: Any) -> list[Variant]:
+    """One launch of sparse_kl_rows on every target, T != 1 unless said otherwise."""
+    rest = {"temperature_1": False, **rest}
     return [
-        row_kernel(target, dtype, one.kept, one.block(DTYPES[dtype]), one.warps, temperature_1, **rest)
-        for one in LAUNCHES
+        row_kernel(target, dtype, launch.kept, launch.block(DTYPES[dtype]), launch.warps, **rest)
         for target in TARGETS
         for dtype in dtypes
-        for temperature_1 in (True, False)
     ]
 
 
-def shipped_tiles(dtypes: Iterable[str], temperature_1: bool) -> list[Variant]:
-    """The launch of tail_lse and chunk_gradient on every target."""
+def tiles_of(which: slice, dtypes: Iterable[str], **rest: Any) -> list[Variant]:
+    """Those launches of tail_lse and chunk_gradient on every target, T != 1 unless said otherwise."""
+    rest = {"temperature_1": False, **rest}
     return [
-        tile_kernel(kernel, target, dtype, launch, temperature_1)
+        tile_kernel(kernel, target, dtype, launch, **rest)
         for kernel in ("tail_lse", "chunk_gradient")
         for target in TARGETS
         for dtype in dtypes
-        for launch in [fused.LAUNCHES[TARGETS[target].gpu.backend, DTYPES[dtype].itemsize]]
+        for launch in fused.LAUNCHES[TARGETS[target].gpu.backend, DTYPES[dtype].itemsize][which]
     ]
 
 
-def shipped_puts(dtypes: Iterable[str]) -> list[Variant]:
-    """put_ids on every target."""
+def puts_of(put: fused.Put, dtypes: Iterable[str], **rest: Any) -> list[Variant]:
+    """One launch of put_ids on every target."""
     return [
-        Variant("put_ids", target, dtype, {"BLOCK": fused.PUT_BLOCK}, fused.PUT_WARPS)
+        Variant("put_ids", target, dtype, {"BLOCK": put.block}, put.warps, **rest)
         for target in TARGETS
         for dtype in dtypes
     ]
 
 
+DEFAULT, TUNED = (
+    slice(1),
+    slice(1, None),
+)  # of a list of launches: what is taken unless `tuning` is on, and the rest
+
+
 def shipped() -> list[Variant]:
-    """What runs as a rule: bfloat16 and float32. Of the tiles only T != 1, which needs more registers."""
+    """What runs as a rule: the default launches in bfloat16 and float32, what tuning may choose in bfloat16.
+
+    Only at T != 1, which needs more registers; the default rows at both.
+    """
     dtypes = ("bf16", "fp32")
-    return [*shipped_rows(dtypes), *shipped_tiles(dtypes, temperature_1=False), *shipped_puts(dtypes)]
+    found = [variant for launches in LAUNCHES for variant in rows_of(launches[0], dtypes)]
+    found += [
+        variant for launches in LAUNCHES for variant in rows_of(launches[0], dtypes, temperature_1=True)
+    ]
+    found += [
+        variant
+        for launches in LAUNCHES
+        for launch in launches[TUNED]
+        for variant in rows_of(launch, ["bf16"])
+    ]
+    found += [*tiles_of(DEFAULT, dtypes), *tiles_of(TUNED, ["bf16"]), *puts_of(fused.PUTS[0], dtypes)]
+    return found
 
 
 def unusual() -> list[Variant]:
-    """What is rarer: float16, tiles at T = 1, V that is no multiple of 16 (50257, say), the loss alone.
+    """All else that ships: float16, tiles at T = 1, V that is no multiple of 16 (50257, say), the loss alone.
 
     The fused kernels know neither of the last two: what they are given is aligned, and both of them run.
     """
-    dtypes = ("bf16", "fp32")
-    return [
-        *shipped_rows(["fp16"]),
-        *shipped_rows(dtypes, aligned=False),
-        *(v for v in shipped_rows(dtypes, gradient=False) if not v.constants["T_IS_1"]),
-        *shipped_tiles([*dtypes, "fp16"], temperature_1=True),
-        *shipped_tiles(["fp16"], temperature_1=False),
-        *shipped_puts(["fp16"]),
-    ]
+    dtypes = ("bf16", "fp32", "fp16")
+    found = []
+    for launches in LAUNCHES:
+        for launch in launches:
+            for one in (True, False):
+                found += rows_of(launch, dtypes, temperature_1=one, rare=True)
+                found += rows_of(launch, dtypes[:2], temperature_1=one, aligned=False, rare=True)
+            found += rows_of(launch, dtypes[:2], gradient=False, rare=True)
+    for one in (True, False):
+        found += tiles_of(slice(None), dtypes, temperature_1=one, rare=True)
+    for put in fused.PUTS:
+        found += puts_of(put, dtypes, rare=True)
+    common = {str(variant) for variant in shipped()}
+    return [variant for variant in found if str(variant) not in common]
 
 
 # Launches too greedy for their target, of each kind of kernel one for each of the two compilers.
@@ -229,6 +257,9 @@ def complaints(rows: Iterable[Row]) -> list[str]:
             found.append(f"{row.variant}: spills {row.spill_bytes} bytes a thread")
         if KERNELS[row.variant.kernel].matrix and not row.matrix_instructions:
             found.append(f"{row.variant}: multiplies without matrix instructions")
+        threads = row.variant.warps * TARGETS[row.variant.target].gpu.warp_size
+        if threads > MOST_THREADS:
+            found.append(f"{row.variant}: {threads} threads, a program may have {MOST_THREADS}")
         if row.shared_bytes > limit:
             found.append(f"{row.variant}: {row.shared_bytes} bytes of shared memory, the target has {limit}")
     return found

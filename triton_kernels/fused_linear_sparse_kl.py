@@ -27,13 +27,16 @@ there are unknown.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ddk_pipe.triton_kernels import arguments, tuning
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum of nothing that may be subtracted from -inf
 # Among the sorted ids: padding and what is outside the vocabulary, last in the row.
@@ -50,19 +53,42 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By triton's name of the backend and the bytes of an operand. None of them spills on any target of
-# `compile_gate`: on gfx942 128 columns would, and so would float32 on sm_80 at a depth of 32. One each: which
-# of several is fastest, nobody can say before they run on a GPU.
-LAUNCHES: dict[tuple[str, int], Launch] = {
-    ("cuda", 2): Launch(rows=128, columns=128, depth=64, warps=8, stages=3),
-    ("cuda", 4): Launch(rows=128, columns=64, depth=16, warps=8, stages=3),
-    ("hip", 2): Launch(rows=128, columns=64, depth=64, warps=8, stages=2),
-    ("hip", 4): Launch(rows=128, columns=64, depth=32, warps=8, stages=2),
+class Put(NamedTuple):
+    """How `put_ids` goes over the ids of a row."""
+
+    block: int
+    warps: int
+
+
+# By triton's name of the backend and the bytes of an operand: the default, then what `tuning` may choose
+# instead. None of them spills on any target of `compile_gate`: on gfx942 tiles of 128 x 128 would, and so
+# would float32 on sm_80 at a depth of 32. Which is fastest, nobody can say before they run on a GPU.
+LAUNCHES: dict[tuple[str, int], tuple[Launch, ...]] = {
+    ("cuda", 2): (
+        Launch(128, 128, 64, warps=8, stages=3),
+        Launch(128, 64, 64, warps=8, stages=4),
+        Launch(128, 128, 32, warps=8, stages=3),
+    ),
+    ("cuda", 4): (
+        Launch(128, 64, 16, warps=8, stages=3),
+        Launch(128, 32, 16, warps=8, stages=3),
+        Launch(64, 64, 16, warps=4, stages=3),
+    ),
+    ("hip", 2): (
+        Launch(128, 64, 64, warps=8, stages=2),
+        Launch(64, 128, 64, warps=8, stages=2),
+        Launch(64, 64, 64, warps=4, stages=2),
+    ),
+    ("hip", 4): (
+        Launch(128, 64, 32, warps=8, stages=2),
+        Launch(64, 64, 32, warps=4, stages=2),
+        Launch(128, 64, 16, warps=8, stages=2),
+    ),
 }
+PUTS: tuple[Put, ...] = (Put(block=128, warps=4), Put(block=64, warps=2))
 # float32 operands: the matrix units of NVIDIA take tf32, and three such products make up for the lost digits.
 PRECISIONS: dict[str, str] = {"cuda": "tf32x3", "hip": "ieee"}
 GROUP = 8  # `chunk_gradient`: so many blocks of rows share a block of the weight while it is in the cache
-PUT_BLOCK, PUT_WARPS = 128, 4
 ALIGNED = 16  # d and all strides are multiples of it; without, loads are narrow and most launches spill
 
 
@@ -282,10 +308,7 @@ def fused_linear_sparse_kl(
     TRITON_INTERPRET=1 was set before triton was imported; NotImplementedError for a bias.
     """
     _check(hidden, weight, labels, ids, logprobs, tail)
-    if not (math.isfinite(gamma) and gamma >= 0):
-        raise ValueError(f"gamma {gamma}: expected a finite number >= 0")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature {temperature}: expected a finite number > 0")
+    arguments.check_numbers(gamma, temperature)
     if vocab_chunk < ALIGNED:
         raise ValueError(f"vocab_chunk {vocab_chunk}: expected at least {ALIGNED}, better thousands")
     if bias is not None:
@@ -327,15 +350,22 @@ class _Layer(NamedTuple):
     def backend(self) -> str:
         return "hip" if torch.version.hip else "cuda"
 
-    @property
-    def launch(self) -> Launch:
-        return LAUNCHES[self.backend, self.hidden.element_size()]
+    def run(self, name: str, launch: Callable[[Launch, dict[str, Any]], None]) -> None:
+        """Launches a matrix kernel of that name: `launch` is given tile and constants, `num_warps` and
+        all."""
+        constants = partial(tile_constants, backend=self.backend, temperature_1=self.inv_t == 1)
 
-    def options(self) -> dict[str, Any]:
-        """What both matrix kernels are launched with."""
-        launch = self.launch
-        constants = tile_constants(launch, self.backend, self.inv_t == 1)
-        return {**constants, "num_warps": launch.warps, "num_stages": launch.stages}
+        def run(one: Launch) -> None:
+            launch(one, {**constants(one), "num_warps": one.warps, "num_stages": one.stages})
+
+        key = (
+            name,
+            self.hidden.dtype,
+            self.inv_t == 1,
+            *tuning.size_class(*self.hidden.shape, len(self.weight)),
+        )
+        launches = LAUNCHES[self.backend, self.hidden.element_size()]
+        run(tuning.pick(launches, key, lambda: run, self.hidden.device))
 
 
 class _Targets(NamedTuple):
@@ -381,7 +411,7 @@ def _targets(labels: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, vocab:
 
 def _tail_lse(layer: _Layer, targets: _Targets) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """TOP, TOTAL, TOTAL_T, Z_IDS, Z_LABEL of the kernel; what it leaves out is -inf, for a label NaN."""
-    h, w, launch = layer.hidden, layer.weight, layer.launch
+    h, w = layer.hidden, layer.weight
     starts = torch.arange(0, len(w), layer.chunk, dtype=torch.int32, device=h.device)
     first = (
         torch.searchsorted(targets.ids, starts.expand(len(h), -1).contiguous(), out_int32=True)
@@ -392,27 +422,31 @@ def _tail_lse(layer: _Layer, targets: _Targets) -> tuple[Tensor, Tensor, Tensor,
     total, total_t = torch.empty_like(top), torch.empty_like(top)
     z_ids = torch.full_like(targets.log_w, float("-inf"))
     z_label = torch.full_like(targets.log_tail, float("nan"))
-    tail_lse[(triton.cdiv(len(h), launch.rows), len(starts))](
-        h,
-        w,
-        targets.labels,
-        targets.ids,
-        first,
-        z_ids,
-        z_label,
-        top,
-        total,
-        total_t,
-        len(h),
-        len(w),
-        h.shape[1],
-        targets.ids.shape[1],
-        h.stride(0),
-        w.stride(0),
-        layer.chunk,
-        layer.inv_t,
-        **layer.options(),
-    )
+
+    def run(launch: Launch, options: dict[str, Any]) -> None:
+        tail_lse[(triton.cdiv(len(h), launch.rows), len(starts))](
+            h,
+            w,
+            targets.labels,
+            targets.ids,
+            first,
+            z_ids,
+            z_label,
+            top,
+            total,
+            total_t,
+            len(h),
+            len(w),
+            h.shape[1],
+            targets.ids.shape[1],
+            h.stride(0),
+            w.stride(0),
+            layer.chunk,
+            layer.inv_t,
+            **options,
+        )
+
+    layer.run("tail_lse", run)
     return top, total, total if layer.inv_t == 1 else total_t, z_ids, z_label
 
 
@@ -476,39 +510,48 @@ def _gradients(layer: _Layer, targets: _Targets, rows: _Rows) -> tuple[Tensor, T
 
 def _chunk_gradient_(g: Tensor, layer: _Layer, targets: _Targets, rows: _Rows, begin: int, end: int) -> None:
     """g [n, end - begin] becomes the gradient of the logits of the tokens [begin, end)."""
-    h, w, launch, one = layer.hidden, layer.weight, layer.launch, layer.inv_t == 1
-    tiles = triton.cdiv(len(h), launch.rows) * triton.cdiv(end - begin, launch.columns)
-    chunk_gradient[(tiles,)](
-        h,
-        w,
-        rows.top,
-        rows.ce_scale + rows.kl_scale if one else rows.ce_scale,
-        rows.kl_scale,
-        g,
-        len(h),
-        h.shape[1],
-        h.stride(0),
-        w.stride(0),
-        g.stride(0),
-        begin,
-        end,
-        layer.inv_t,
-        GROUP=GROUP,
-        **layer.options(),
-    )
-    put_ids[(len(h),)](
-        g,
-        targets.ids,
-        rows.at_ids,
-        rows.lone_label,
-        rows.at_label,
-        g.stride(0),
-        targets.ids.shape[1],
-        begin,
-        end,
-        BLOCK=PUT_BLOCK,
-        num_warps=PUT_WARPS,
-    )
+    h, w, one = layer.hidden, layer.weight, layer.inv_t == 1
+    scale = rows.ce_scale + rows.kl_scale if one else rows.ce_scale
+
+    def run(launch: Launch, options: dict[str, Any]) -> None:
+        tiles = triton.cdiv(len(h), launch.rows) * triton.cdiv(end - begin, launch.columns)
+        chunk_gradient[(tiles,)](
+            h,
+            w,
+            rows.top,
+            scale,
+            rows.kl_scale,
+            g,
+            len(h),
+            h.shape[1],
+            h.stride(0),
+            w.stride(0),
+            g.stride(0),
+            begin,
+            end,
+            layer.inv_t,
+            GROUP=GROUP,
+            **options,
+        )
+
+    def put(one: Put) -> None:
+        put_ids[(len(h),)](
+            g,
+            targets.ids,
+            rows.at_ids,
+            rows.lone_label,
+            rows.at_label,
+            g.stride(0),
+            targets.ids.shape[1],
+            begin,
+            end,
+            BLOCK=one.block,
+            num_warps=one.warps,
+        )
+
+    layer.run("chunk_gradient", run)
+    key = ("put_ids", g.dtype, *tuning.size_class(*targets.ids.shape))
+    put(tuning.pick(PUTS, key, lambda: put, h.device))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -523,31 +566,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _check(
     hidden: Tensor, weight: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor
 ) -> None:
-    if hidden.ndim != 2 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}: expected [N, d] with d > 0")
-    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"hidden is {hidden.dtype}: expected float32, float16 or bfloat16")
+    arguments.check_matrix("hidden", hidden, "[N, d]", "d")
     if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}: expected [V, d] with V > 0")
-    if ids.ndim != 2:
-        raise ValueError(f"ids have shape {list(ids.shape)}: expected [N, K]")
-    rows, width = hidden.shape
-    given = f"hidden has shape {list(hidden.shape)}"
-    for name, tensor, dtype, shape in (
-        ("weight", weight, hidden.dtype, (weight.shape[0], width)),
-        ("labels", labels, torch.int64, (rows,)),
-        ("ids", ids, torch.int32, (rows, ids.shape[1])),
-        ("logprobs", logprobs, torch.float32, tuple(ids.shape)),
-        ("tail", tail, torch.float32, (rows,)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)} ({given})")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: {tensor.dtype}, expected {dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} on {tensor.device}, hidden on {hidden.device}: move one with .to()")
-    if hidden.device.type == "cpu" and isinstance(tail_lse, triton.JITFunction):
-        raise ValueError(
-            "hidden on the CPU: move it to a GPU, or set TRITON_INTERPRET=1 before triton is imported"
-            " (slow, for tests)"
-        )
+        raise ValueError(f"weight: shape {list(weight.shape)}, expected [V, d] with V > 0")
+    layer = ("weight", weight, hidden.dtype, (weight.shape[0], hidden.shape[1]))
+    arguments.check_rows("hidden", hidden, labels, ids, logprobs, tail, layer)
+    arguments.check_device("hidden", hidden, tail_lse)

@@ -22,13 +22,15 @@ are unknown.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ddk_pipe.triton_kernels import arguments, tuning
 
 PADDING = tl.constexpr(-1)  # ids: an unused slot
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum of nothing that may be subtracted from -inf
@@ -46,12 +48,15 @@ class Launch(NamedTuple):
         return self.step_bytes // dtype.itemsize
 
 
-# The first that fits is taken. None of them spills on any target of `compile_gate`. A step of 4096 bytes is one
-# 16-byte load a thread; 8192 bytes at 8 warps spill on sm_80 where V is no multiple of 16, 16384 on sm_100.
-LAUNCHES: tuple[Launch, ...] = (
-    Launch(kept=256, step_bytes=4096, warps=8),
-    Launch(kept=4096, step_bytes=8192, warps=16),
+# For each number of lanes, the narrowest that holds K being taken: the default, then what `tuning` may choose
+# instead. None of them spills on any target of `compile_gate`. A step of 4096 bytes at 8 warps is one 16-byte
+# load a thread; 8192 bytes at 8 warps spill on sm_80 where V is no multiple of 16 (at 16 on sm_90), 16384 on
+# sm_100.
+LAUNCHES: tuple[tuple[Launch, ...], ...] = (
+    (Launch(256, 4096, 8), Launch(256, 2048, 4), Launch(256, 2048, 8)),
+    (Launch(4096, 8192, 16), Launch(4096, 16384, 16)),
 )
+TRIAL_ROWS = 1024  # of a copy that launches are timed on: the kernel works in place
 
 
 @triton.jit(do_not_specialize=["K", "ignore_index"])  # K changes from batch to batch
@@ -208,47 +213,52 @@ def sparse_kl(
     TRITON_INTERPRET=1 was set before triton was imported; for K above the widest of `LAUNCHES`.
     """
     _check(logits, labels, ids, logprobs, tail)
-    if not (math.isfinite(gamma) and gamma >= 0):
-        raise ValueError(f"gamma {gamma}: expected a finite number >= 0")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature {temperature}: expected a finite number > 0")
+    arguments.check_numbers(gamma, temperature)
     rows, vocab = logits.shape
     kept = ids.shape[1]
-    launch = launch_for(kept)
+    launches = launches_for(kept)
     ce = torch.empty(rows, dtype=torch.float32, device=logits.device)
     kl = torch.empty_like(ce)
     if rows == 0:
         return ce, kl
-    with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever its arguments say
-        sparse_kl_rows[(rows,)](
-            logits,
-            labels.contiguous(),
-            ids.contiguous(),
-            logprobs.contiguous(),
-            tail.contiguous(),
+    given = [x.contiguous() for x in (labels, ids, logprobs, tail)]
+
+    def run(launch: Launch, z: Tensor) -> None:
+        sparse_kl_rows[(len(z),)](
+            z,
+            *given,
             ce,
             kl,
-            logits.stride(0),
+            z.stride(0),
             vocab,
             kept,
             float(gamma * temperature),  # Triton would compile an int apart, and bake in a 1
             1.0 / temperature,
             ignore_index,
             KEPT=launch.kept,
-            BLOCK=launch.block(logits.dtype),
+            BLOCK=launch.block(z.dtype),
             T_IS_1=temperature == 1,
             GRADIENT=gradient,
             num_warps=launch.warps,
         )
+
+    def trial() -> Callable[[Launch], None]:
+        some = logits[:TRIAL_ROWS].clone()
+        return lambda launch: run(launch, some)
+
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever its arguments say
+        key = ("sparse_kl_rows", logits.dtype, temperature == 1, gradient, *tuning.size_class(vocab, kept))
+        run(tuning.pick(launches, key, trial, logits.device), logits)
     return ce, kl
 
 
-def launch_for(kept: int) -> Launch:
-    """The first of `LAUNCHES` that serves K; raises ValueError if none does. Any V is served by each."""
-    for launch in LAUNCHES:
-        if kept <= launch.kept:
-            return launch
-    most = max(launch.kept for launch in LAUNCHES)
+def launches_for(kept: int) -> tuple[Launch, ...]:
+    """Those of `LAUNCHES` that serve K, the default first; raises ValueError if none does. Each serves any
+    V."""
+    for launches in LAUNCHES:
+        if kept <= launches[0].kept:
+            return launches
+    most = max(launches[0].kept for launches in LAUNCHES)
     raise ValueError(
         f"{kept} kept ids a row: the widest launch holds {most}; keep fewer"
         ' or use pipeline.losses.linear_sparse_kd(implementation="chunked")'
@@ -256,36 +266,15 @@ def launch_for(kept: int) -> Launch:
 
 
 def _check(logits: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor) -> None:
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits have shape {list(logits.shape)}: expected [N, V] with V > 0")
-    if ids.ndim != 2:
-        raise ValueError(f"ids have shape {list(ids.shape)}: expected [N, K]")
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"logits are {logits.dtype}: expected float32, float16 or bfloat16")
+    arguments.check_matrix("logits", logits, "[N, V]", "V")
+    arguments.check_rows("logits", logits, labels, ids, logprobs, tail)
     rows, vocab = logits.shape
-    given = f"logits have shape {list(logits.shape)}"
-    for name, tensor, dtype, shape in (
-        ("labels", labels, torch.int64, (rows,)),
-        ("ids", ids, torch.int32, (rows, ids.shape[1])),
-        ("logprobs", logprobs, torch.float32, tuple(ids.shape)),
-        ("tail", tail, torch.float32, (rows,)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} have shape {list(tensor.shape)}: expected {list(shape)} ({given})")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} are {tensor.dtype}: expected {dtype}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} on {tensor.device}, logits on {logits.device}: move one with .to()")
     row_stride, column_stride = logits.stride()
     if (vocab > 1 and column_stride != 1) or (rows > 1 and row_stride < vocab):
         raise ValueError(
-            f"logits have strides {logits.stride()}: they are written in place, so rows must be contiguous"
-            " and apart; pass logits.contiguous()"
+            f"logits: strides {logits.stride()}; they are written in place, so rows must be contiguous and apart:"
+            " pass logits.contiguous()"
         )
     if logits.requires_grad:
         raise ValueError("logits require a gradient: it is written over them, pass logits.detach()")
-    if logits.device.type == "cpu" and isinstance(sparse_kl_rows, triton.JITFunction):
-        raise ValueError(
-            "logits on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before triton is imported"
-            " (slow, for tests)"
-        )
+    arguments.check_device("logits", logits, sparse_kl_rows)

@@ -1071,6 +1071,44 @@ def test_backward_twice_doubles_the_gradients(upstream: float, all_labelled: boo
         assert relative(x.grad, 2 * gradient) <= 1e-12
 
 
+def test_a_gradient_that_was_handed_out_is_never_written_again() -> None:
+    """The last backward scales what forward saved in place; one that may be followed by another must not."""
+    case = make_case("topk")
+    leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    loss = linear_sparse_kd(leaves[0], leaves[1], case.labels, case.targets, gamma=0.7, bias=leaves[2])
+    results = [
+        torch.autograd.grad(factor * loss.total, leaves, retain_graph=kept)
+        for factor, kept in ((1.0, True), (3.0, True), (0.0, True), (2.0, False))
+    ]
+    _, want = dense(case, gamma=0.7)
+    for factor, result in zip((1.0, 3.0, 0.0, 2.0), results, strict=True):
+        for got, one in zip(result, want, strict=True):
+            assert float((got - factor * one).norm()) <= 1e-12 * float(one.norm())
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(2 * loss.total, leaves)
+
+
+def test_backward_is_right_where_torch_does_not_say_whether_the_graph_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    test_backward_twice_doubles_the_gradients(3.0, True)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+def test_backward_makes_no_second_weight_gradient(upstream: float) -> None:
+    """dweight is the largest tensor that the loss needs; the profiler sees every allocation of backward."""
+    case = make_case("topk", n=10, vocab=5000, d=64)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    total = upstream * linear_sparse_kd(hidden, weight, case.labels, case.targets, gamma=1.0).total
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        total.backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert max(event.cpu_memory_usage for event in recorded.events()) < weight.nbytes / 10
+
+
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2), (0, 1)])
 def test_gradients_only_where_they_are_wanted(which: tuple[int, ...]) -> None:
     case = make_case("topk")

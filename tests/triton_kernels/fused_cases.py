@@ -1,59 +1,48 @@
 """The cases of test_fused_linear_sparse_kl.py: the kernels in Triton's interpreter against float64.
 
-The tests run this file once, as `TRITON_INTERPRET=1 python -P fused_cases.py [NAME ...]`, and read the JSON
-it prints; interpret_cases.py beside it says why, and lends its helpers.
-
 The truth is `ddk_pipe.pipeline.losses.sparse_kd_reference` on the logits of the very operands that the
 kernels were given, row by row. Errors are relative norms over the batch. bfloat16 is tried as storage
 alone: the interpreter multiplies it wrongly. No GPU is used, and these kernels have not run on one.
+kernel_cases.py says how this is run.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import mmap
-import os
-import sys
-import traceback
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import kernel_cases as common
 import torch
+from kernel_cases import GAMMA, INF, Cases, Findings
 from torch import Tensor
 
 from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
-
-def _sibling(name: str) -> ModuleType:
-    """-P, and pytest's importlib mode, keep this folder off sys.path."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-common: Any = _sibling("interpret_cases")
-
-GAMMA, INF = 0.7, float("inf")
 LOSS_BOUND = 2e-6  # given the same rounded operands, in every dtype
 # float16: the logit gradients are rounded before the last two products.
 GRADIENT_BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3}
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
-Findings = list[tuple[str, float, float]]  # (what, error, bound)
-CASES: dict[str, Callable[[], Findings]] = {}
-_seed = 0
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Tiles of 16 x 64 in place of 128 x 128, so that small problems take several, and ragged ones."""
+    from ddk_pipe.triton_kernels import fused_linear_sparse_kl as module
+
+    tile = module.Launch(rows=16, columns=64, depth=16, warps=4, stages=2)
+    with (
+        mock.patch.dict(module.LAUNCHES, dict.fromkeys(module.LAUNCHES, (tile,))),
+        mock.patch.object(module, "PUTS", (module.Put(block=8, warps=4),)),  # fewer than the ids of a row
+    ):
+        yield
+
+
+CASES = case = Cases(small_tiles)
 
 
 @dataclass(frozen=True)
@@ -77,21 +66,12 @@ class Problem:
         return replace(self, targets=replace(self.targets, **parts))
 
 
-def case(name: str) -> Callable[[Callable[[], Findings]], Callable[[], Findings]]:
-    def register(function: Callable[[], Findings]) -> Callable[[], Findings]:
-        assert name not in CASES, name
-        CASES[name] = function
-        return function
-
-    return register
-
-
 def problem(vocab: int = 301, kept: int = 12, width: int = 24, grid: bool = False) -> Problem:
-    """The six kinds of rows of interpret_cases.problem, the ignored one with NaN hidden states.
+    """The six kinds of rows of kernel_cases.six_rows, the ignored one with NaN hidden states.
 
     With `grid` all numbers are multiples of 1/8, so that float32 logits are exact however the sum is split.
     """
-    p = common.problem(vocab, kept)
+    p = common.six_rows(vocab, kept)
     hidden = torch.randn(len(p.labels), width, dtype=torch.float64)
     weight = 2 * torch.randn(vocab, width, dtype=torch.float64) / math.sqrt(width)
     if grid:
@@ -114,7 +94,7 @@ def lifted(p: Problem, gap: float) -> Problem:
 def truth(p: Problem, temperature: float, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CE [N], KL [N], d_hidden [N, d], d_weight [V, d] in float64."""
     hidden, weight = p.hidden.double(), p.weight.double()
-    rows = common.Problem(hidden @ weight.t(), p.labels, p.targets)
+    rows = common.Rows(hidden @ weight.t(), p.labels, p.targets)
     ce, kl, gradient = common.truth(rows, torch.float64, temperature, gamma)
     clean = hidden.masked_fill((p.labels == NO_LABEL)[:, None], 0.0)
     return ce, kl, gradient @ weight, gradient.t() @ clean
@@ -156,23 +136,6 @@ def compare(
         ("float32", common.wrong(all(x.dtype == torch.float32 for x in got)), 0.0),
         ("ignored rows give zeros", common.wrong(bool((idle == 0).all())), 0.0),
     ]
-
-
-@contextmanager
-def small_tiles() -> Iterator[None]:
-    """Tiles of 16 x 64 in place of 128 x 128, so that small problems take several, and ragged ones."""
-    from ddk_pipe.triton_kernels import fused_linear_sparse_kl as module
-
-    shipped, put = dict(module.LAUNCHES), module.PUT_BLOCK
-    module.LAUNCHES.update(
-        dict.fromkeys(shipped, module.Launch(rows=16, columns=64, depth=16, warps=4, stages=2))
-    )
-    module.PUT_BLOCK = 8  # fewer than the ids of a row
-    try:
-        yield
-    finally:
-        module.LAUNCHES.update(shipped)
-        module.PUT_BLOCK = put
 
 
 # ---------------------------------------------------------------- every dtype, temperature and k
@@ -469,7 +432,7 @@ def _() -> Findings:
     for begin, end in ((0, 112), (112, 224), (224, 301)):
         module._chunk_gradient_(g[:, begin:end], layer, targets, rows, begin, end)
     logits = p.hidden.double() @ p.weight.double().t()
-    want = common.truth(common.Problem(logits, p.labels, t), torch.float64, 2.0, GAMMA)[2]
+    want = common.truth(common.Rows(logits, p.labels, t), torch.float64, 2.0, GAMMA)[2]
     margin = bool((g[:, 301:] == 7).all())
     return [
         ("gradient", common.relative(g[:, :301], want), 8e-3),
@@ -531,7 +494,7 @@ def _() -> Findings:
     return [("NaN where it was, nowhere else", common.wrong(fine), 0.0)]
 
 
-def _refusals() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
+def _refused() -> dict[str, tuple[dict[str, object], type[Exception], str]]:
     p = problem().rounded(torch.float32)
     t = p.targets
     return {
@@ -565,37 +528,13 @@ def _() -> Findings:
     t = p.targets
     good = {"hidden": p.hidden, "weight": p.weight, "labels": p.labels}
     good |= {"ids": t.ids, "logprobs": t.logprobs, "tail": t.tail}
-    findings: Findings = []
-    for name, (changed, kind, fragment) in _refusals().items():
+
+    def call(**changed: Any) -> None:
         arguments: dict[str, Any] = {**good, "gamma": GAMMA, **changed}
-        try:
-            fused_linear_sparse_kl(**arguments)
-        except kind as error:
-            said = fragment in str(error)
-        else:
-            said = False
-        findings.append((name, common.wrong(said), 0.0))
-    return findings
+        fused_linear_sparse_kl(**arguments)
 
-
-def run(name: str) -> Findings | str:
-    torch.manual_seed(zlib.crc32(name.encode()) + _seed)
-    tiles = contextmanager(lambda: iter([None]))() if name.startswith("shipped") else small_tiles()
-    try:
-        with tiles:
-            return CASES[name]()
-    except Exception:  # noqa: BLE001 - whatever it is, the test of that name shows it
-        return traceback.format_exc()
-
-
-def main(names: list[str]) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("set TRITON_INTERPRET=1")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy: log(0) and -inf - x are meant
-    json.dump({name: run(name) for name in names or CASES}, sys.stdout)
+    return common.refusals(call, _refused())
 
 
 if __name__ == "__main__":
-    _seed = int(os.environ.get("DDK_TEST_SEED", "0"))
-    main(sys.argv[1:])
+    CASES.main()

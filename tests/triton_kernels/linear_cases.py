@@ -48,16 +48,17 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
-def errors(tail: bool, temperature: float, chunks: bool) -> dict[str, float]:
+def errors(tail: bool, temperature: float, chunks: bool, softcap: float | None) -> dict[str, float]:
     hidden, weight, bias, labels, targets = problem(tail, seed=int(temperature * 10) + tail)
     single = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     double = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature, "implementation": "triton"}
+    options["softcap"] = softcap
     losses.MIN_CHUNK_ROWS = losses.MAX_CHUNK_ROWS = 3 if chunks else 4096
     found = linear_sparse_kd(single[0], single[1], labels, targets, bias=single[2], **options)
-    truth = sparse_kd_reference(
-        double[0] @ double[1].t() + double[2], labels, targets, gamma=0.7, temperature=temperature
-    )
+    logits = double[0] @ double[1].t() + double[2]
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    truth = sparse_kd_reference(logits, labels, targets, gamma=0.7, temperature=temperature)
     torch.autograd.backward([3 * found.total, 3 * truth.total])
     silent = linear_sparse_kd(hidden, weight, labels, targets, bias=bias, **options)
     out = {
@@ -73,5 +74,5 @@ def errors(tail: bool, temperature: float, chunks: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cases = itertools.product((False, True), (1.0, 2.0), (False, True))
-    print(json.dumps({f"tail={a} T={t} chunks={c}": errors(a, t, c) for a, t, c in cases}))
+    cases = itertools.product((False, True), (1.0, 2.0), (False, True), (None, 3.0))
+    print(json.dumps({f"tail={a} T={t} chunks={b} softcap={c}": errors(a, t, b, c) for a, t, b, c in cases}))

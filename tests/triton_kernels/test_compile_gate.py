@@ -29,17 +29,6 @@ TABLE = json.loads(Path(ddk_pipe.triton_kernels.__file__).with_name("compile_tab
 TILES = ("tail_lse", "chunk_gradient")
 
 
-def common(variant: dict[str, Any]) -> bool:
-    """Whether the tests compile it: `compile_gate.shipped` and its known spillers; the rest is left to main()."""
-    constants = variant["constants"]
-    return (
-        variant["dtype"] != "fp16"
-        and variant["aligned"]
-        and constants.get("GRADIENT", True)
-        and not (variant["kernel"] in TILES and constants["T_IS_1"])
-    )
-
-
 def name_of(variant: dict[str, Any]) -> str:
     stages = "" if variant["stages"] is None else f"s{variant['stages']}"
     constants = "-".join(f"{name}={value}" for name, value in variant["constants"].items())
@@ -48,7 +37,8 @@ def name_of(variant: dict[str, Any]) -> str:
     )
 
 
-COMMON = {name_of(row["variant"]): row for row in TABLE["rows"] if common(row["variant"])}
+# `compile_gate.shipped` and its known spillers, which the tests compile; the rest is left to main().
+COMMON = {name_of(row["variant"]): row for row in TABLE["rows"] if not row["variant"]["rare"]}
 
 
 @functools.cache
@@ -112,12 +102,26 @@ def test_every_kernel_ships_on_every_target_in_every_dtype(kernel: str) -> None:
     assert len({(v["target"], v["dtype"]) for v in rows if not v["must_spill"]}) == 12
 
 
+@pytest.mark.parametrize("kernel", ["sparse_kl_rows", *TILES, "put_ids"])
+def test_tuning_has_two_to_four_launches_to_choose_from(kernel: str) -> None:
+    """For every target, dtype and number of lanes; the first in the code is the default."""
+    launches: dict[tuple[Any, ...], set[str]] = {}
+    for v in (row["variant"] for row in TABLE["rows"] if row["variant"]["kernel"] == kernel):
+        if v["aligned"] and not v["must_spill"] and v["constants"].get("GRADIENT", True):
+            constants = v["constants"]
+            group = (v["target"], v["dtype"], constants.get("T_IS_1"), constants.get("KEPT"))
+            launches.setdefault(group, set()).add(name_of(v))
+    assert {len(found) for found in launches.values()} <= {2, 3, 4}
+
+
 def test_a_tile_known_to_spill_is_kept_for_both_compilers() -> None:
     spillers = [r["variant"] for r in TABLE["rows"] if r["variant"]["must_spill"]]
     assert {v["target"][:3] for v in spillers if v["kernel"] in TILES} == {"sm_", "gfx"}
 
 
-def test_complaints_name_a_spill_a_lost_spill_too_much_shared_memory_and_idle_matrix_units() -> None:
+def test_complaints_name_a_spill_a_lost_spill_too_much_shared_memory_too_many_threads_and_idle_matrix_units() -> (
+    None
+):
     from ddk_pipe.triton_kernels.compile_gate import Row, complaints, row_kernel, tile_kernel
     from ddk_pipe.triton_kernels.fused_linear_sparse_kl import Launch
 
@@ -128,4 +132,6 @@ def test_complaints_name_a_spill_a_lost_spill_too_much_shared_memory_and_idle_ma
     assert "spills 8 bytes" in complaints([Row(good, 128, 8, 32, 0)])[0]
     assert "no longer spills" in complaints([Row(spiller, 512, 0, 32, 0)])[0]
     assert "65537 bytes of shared memory" in complaints([Row(spiller, 512, 900, 65537, 0)])[0]
+    wide = row_kernel("gfx942", "bf16", 256, 4096, 32, temperature_1=True)
+    assert "2048 threads" in complaints([Row(wide, 32, 0, 32, 0)])[0]
     assert "without matrix instructions" in complaints([Row(tile, 99, 0, 32, 0)])[0]

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import needs_triton, results
 
 from ddk_pipe.pipeline.losses import linear_sparse_kd
 from ddk_pipe.pipeline.targets import SparseTargets
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
-)
 BOUND = 2e-6  # float32, as for the path in torch
 
 
 @needs_triton
-def test_every_case_against_float64() -> None:
-    script = str(Path(__file__).with_name("linear_cases.py"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_every_case_against_float64(softcap: float | None) -> None:
+    everything = results(Path(__file__).with_name("linear_cases.py"))
+    assert len(everything) == 16, everything.get("")
+    found = {case: errors for case, errors in everything.items() if case.endswith(f"softcap={softcap}")}
     assert len(found) == 8
     over = {
         f"{case}: {name}": error

@@ -85,8 +85,8 @@ __all__ = [
     "verify_shard",
 ]
 
-OPEN_SHARDS = 4096  # a reader keeps open: some kB each,
-OPEN_WINDOWS = 1 << 20  # and 20 bytes per window and array
+OPEN_SHARDS = 1 << 14  # a reader keeps open: some kB each,
+OPEN_WINDOWS = 1 << 20  # and 16 bytes per window and array
 
 
 class CacheReader:

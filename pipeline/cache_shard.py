@@ -36,7 +36,7 @@ from ddk_pipe.pipeline.cache_spec import (
     repair,
     uncommitted,
 )
-from ddk_pipe.pipeline.codec import NO_LOG, Codec, Context, Planes, decode_log
+from ddk_pipe.pipeline.codec import MOST_ENTRIES, NO_LOG, Codec, Context, Planes, decode_log
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, digest_of
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
@@ -44,7 +44,6 @@ from ddk_pipe.pipeline.zarr_shard import Arrays, Expected, ShardReader, array_fi
 
 STAMP_WORDS = 4  # u16 words that hold the window number
 GROUP = re.compile(r"(\d{5,})\.[0-9a-f]{8}\.zarr")
-MOST_ENTRIES = 1 << 24  # of a window and temperature: decoding takes some 50 bytes for each
 MOST_METADATA_BYTES = 1 << 16  # of a zarr.json
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
@@ -82,8 +81,7 @@ class ShardRecord(Strict):
 
     def sealed(self) -> bytes:
         """The record as its file: canonical JSON that ends in a digest of itself."""
-        body = self.model_dump(mode="json")
-        return durable.to_json({**body, "seal": durable.digest(durable.to_json(body))})
+        return durable.sealed(self.model_dump(mode="json"))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -197,6 +195,7 @@ class ShardWindows:
         slot: int,
         sizes: Mapping[str, int],
         checks: Mapping[str, NDArray[np.uint32]] | None = None,
+        metadata: Mapping[str, bytes] | None = None,
     ) -> None:
         self.shard, self._spec, self._codec, self._slot = shard, spec, codec, slot
         self.arrays = ShardReader(
@@ -206,6 +205,7 @@ class ShardWindows:
             files=sizes,
             expected={**input_arrays(spec), **target_arrays(spec, codec, slot)},
             checks=checks,
+            metadata=metadata,
         )
 
     def read(self, window: int) -> CachedWindow:
@@ -271,15 +271,27 @@ def open_windows(
         )
     with damage(folder, group):
         names = [*input_arrays(spec), *target_arrays(spec, codec, slot)]
-        for name in ["zarr.json", f"t{slot}/zarr.json", *(array_files(array)[0] for array in names)]:
-            _check_small(folder, f"{group}/{name}", record.files[name])
+        small = ["zarr.json", f"t{slot}/zarr.json", *(array_files(array)[0] for array in names)]
+        contents = folder.each(lambda name: _read_small(folder, f"{group}/{name}", record.files[name]), small)
         checks = {name: _checks(record.checks[name], shard.windows) for name in names}
-        return ShardWindows(folder, group, shard, spec, codec, slot, record.sizes, checks)
+        return ShardWindows(
+            folder,
+            group,
+            shard,
+            spec,
+            codec,
+            slot,
+            record.sizes,
+            checks,
+            dict(zip(small, contents, strict=True)),
+        )
 
 
-def _check_small(folder: Folder, name: str, facts: FileFacts) -> None:
-    if durable.digest(folder.read(name, most=MOST_METADATA_BYTES)) != facts.blake2b:
+def _read_small(folder: Folder, name: str, facts: FileFacts) -> bytes:
+    content = folder.read(name, most=MOST_METADATA_BYTES)
+    if durable.digest(content) != facts.blake2b:
         raise ValueError(f"{folder.name}/{name}: not what was committed")
+    return content
 
 
 def _checks(text: str, windows: int) -> NDArray[np.uint32]:

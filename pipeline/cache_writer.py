@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache_shard import (
     GROUP,
-    MOST_ENTRIES,
     STAMP_WORDS,
     Codecs,
     FileFacts,
@@ -46,11 +45,11 @@ from ddk_pipe.pipeline.cache_spec import (
     repair,
     uncommitted,
 )
-from ddk_pipe.pipeline.codec import Context, Ranks, encode_log
+from ddk_pipe.pipeline.codec import MOST_ENTRIES, MOST_PADDED, Context, Ranks, encode_log
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.selection import Selected
 from ddk_pipe.pipeline.storage import Folder, LocalFolder
-from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 from ddk_pipe.pipeline.tokens import labels_of
 from ddk_pipe.pipeline.zarr_shard import Arrays, write_group
 
@@ -147,18 +146,13 @@ class CacheWriter:
         for slot, temperature in enumerate(self.spec.plan.temperatures):
             attributes[f"t{slot}"] = {"temperature": temperature}
             codec, _ = self._codecs.of(shard.domain, slot)
+            _check_sizes(shard, [window.targets[slot] for window in selected])
             planes = [
                 codec.encode(window.targets[slot], context)
                 for window, context in zip(selected, contexts, strict=True)
             ]
             for name, dtype in codec.planes.items():
-                rows = [window[name] for window in planes]
-                if max(map(len, rows)) > MOST_ENTRIES:
-                    raise DdkError(
-                        f"{shard.name}: a window of {max(map(len, rows)):,} entries, at most {MOST_ENTRIES:,} can be",
-                        hint="lower seq_len, cache.k or cache.cap, or raise cache.tau",
-                    )
-                arrays[f"t{slot}/{name}"] = _rectangle(rows, dtype)
+                arrays[f"t{slot}/{name}"] = _rectangle([window[name] for window in planes], dtype)
         return attributes, arrays
 
     def _record(self, shard: Shard, scratch: Path, group: str, facts: dict[str, Any]) -> ShardRecord:
@@ -232,6 +226,18 @@ class CacheWriter:
         names = self.folder.names(f"{shard.name}.")
         groups = {"/".join(name.split("/")[:3]) for name in names}
         return sorted(group for group in groups if GROUP.fullmatch(group.rpartition("/")[2]))
+
+
+def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:
+    """Raises DdkError for a window that no reader would accept."""
+    for window in targets:
+        entries, padded = int((window.ids >= 0).sum()), window.positions * (window.ids.shape[1] + 1)
+        if entries > MOST_ENTRIES or padded > MOST_PADDED:
+            raise DdkError(
+                f"{shard.name}: a window of {entries:,} entries, {padded:,} when padded; at most"
+                f" {MOST_ENTRIES:,} and {MOST_PADDED:,} can be",
+                hint="lower seq_len, cache.k or cache.cap, or raise cache.tau",
+            )
 
 
 def _labels(shard: Shard, labels: NDArray[np.int64], selected: list[Selected]) -> NDArray[np.uint16]:

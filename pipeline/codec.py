@@ -50,6 +50,8 @@ STEP_RATIO = 0.9995118379398893512  # exp(-1 / LOG_STEPS), a literal: libraries 
 ID_BITS = 24  # ids and ranks are below 2^24
 KIND_BITS = 10  # kind of an entry while decoding: a head code, or one of the three below
 REST, LABEL, LARGEST = 256, 257, 258
+MOST_ENTRIES = 1 << 23  # of a window: decoding takes some 85 bytes for each
+MOST_PADDED = 1 << 24  # positions times the most entries of one: one long row makes all others as wide
 
 Planes = dict[str, NDArray[np.unsignedinteger]]
 
@@ -123,7 +125,10 @@ class Codec:
         self._implied_up_to = int(-np.log(plan.tau) * LOG_STEPS) - 1 if never_cut and temperature == 1 else -1
         self._tau_units = round(plan.tau * ONE)
         self._weights, self._masses = _cells(self.lowest), _cells(0.0)  # of head entries, of the rest
-        self._units = np.rint(self._weights * ONE).astype(np.int64)
+        with np.errstate(divide="ignore"):  # code 0 of topk: no weight
+            self._code_logs = np.log(self._weights)
+        self._units = np.zeros(2 * (LEVELS + 1))  # whole numbers; 0 for the codes of a rest's mass
+        self._units[: LEVELS + 1] = np.rint(self._weights * ONE)
         self._mass_units = np.rint(self._masses * ONE).astype(np.int64)
         self._label_units = _label_units()
         many = np.dtype("u4") if plan.scheme == "pps" and plan.tau < 1 / 30_000 else np.dtype("u2")
@@ -157,7 +162,7 @@ class Codec:
         order, gaps = self._gaps(rows, ids, head)
         cut = int(head.sum())
         head_rows, rests = rows[order[:cut]], np.bincount(rows[order[cut:]], minlength=length)
-        mass = np.bincount(rows[order[cut:]], weights[order[cut:]], length)
+        mass = np.bincount(rows[order[cut:]], weights[order[cut:]], length).astype(np.float64)
         codes = self._codes(weights[order[:cut]], head_rows, mass, context)
         octaves = np.frexp(gaps.astype(np.float64))[1] - 1
         planes = {
@@ -188,6 +193,9 @@ class Codec:
             rests = self._draws(shares.mass, context) + ((zigzag >> 1) ^ -(zigzag & 1))
             if (rests < 0).any() or rests.max(initial=0) > len(self.ranks.id_of):
                 raise ValueError("heads and draws do not fit together")
+        most = int((heads + rests).max(initial=0)) + 1
+        if length * most > MOST_PADDED:
+            raise ValueError(f"{length:,} positions of up to {most:,} entries are too many")
         counts = np.concatenate([heads, rests])
         ids = self._ids(planes, counts)
         labelled = implied.nonzero()[0]
@@ -233,12 +241,13 @@ class Codec:
         octaves = _first(planes["octaves"], int(counts.sum())).astype(np.int64)
         if octaves.max(initial=0) > ID_BITS:
             raise ValueError("a gap leads outside the vocabulary")
-        reached = np.concatenate([[0], np.cumsum(_unpack(planes["bits"], octaves))])
+        reached = np.concatenate([[0], np.cumsum(_unpack(planes["bits"], octaves), dtype=np.int64)])
         before = reached[np.cumsum(counts) - counts]
-        ranks = reached[1:] - np.repeat(before, counts) - 1
+        ranks = reached[1:] - np.repeat(before + 1, counts)
         if ranks.max(initial=0) >= len(self.ranks.id_of):
             raise ValueError("a gap leads outside the vocabulary")
-        return self.ranks.id_of[ranks].astype(np.int64)
+        ids: NDArray[np.int64] = self.ranks.id_of.take(ranks).astype(np.int64)
+        return ids
 
     def _codes(
         self,
@@ -281,7 +290,7 @@ class Codec:
             raise ValueError("a weight code is too large")
         if np.bincount(rows[marked], minlength=length).max(initial=0) > 1:
             raise ValueError("a position has two largest entries")
-        others = np.bincount(rows, np.where(marked, 0, self._units[np.where(marked, 0, codes)]), length)
+        others = np.bincount(rows, self._units.take(codes), length)
         left = ONE - np.where(self._implied(context), self._label_units[context.label_codes], 0)
         left -= others.astype(np.int64)  # exact: the sums stay below 2^53
         mass = left.copy()
@@ -310,13 +319,17 @@ class Codec:
             np.maximum(shares.largest, least),
         )
         label = context.label_codes * (-1.0 / LOG_STEPS)
-        by_row = np.stack([np.log(share / ONE), label, np.log(largest / ONE)])
-        logs = np.log(self._weights)[np.minimum(kinds, LEVELS)]
+        by_row = np.concatenate([np.log(share / ONE), label, np.log(largest / ONE)])
+        logs = self._code_logs.take(kinds, mode="clip")
         without_code = (kinds >= REST).nonzero()[0]
-        logs[without_code] = by_row[kinds[without_code] - REST, rows[without_code]]
+        at = (kinds.take(without_code) - REST) * len(rests) + rows.take(without_code)
+        logs[without_code] = by_row.take(at)
         # 1 but for the two floors above, and where a rest without entries was given some mass
         total = ONE - shares.mass + share * rests + np.where(shares.marked, largest - shares.largest, 0.0)
-        return (logs - np.log(np.maximum(total, 1.0) / ONE)[rows]).astype(np.float32)
+        scaled: NDArray[np.float32] = (logs - np.log(np.maximum(total, 1.0) / ONE).take(rows)).astype(
+            np.float32
+        )
+        return scaled
 
     def _logs(
         self, planes: Planes, kinds: NDArray[np.int64], rows: NDArray[np.int64], length: int, context: Context
@@ -331,7 +344,7 @@ class Codec:
             weights = np.where(kinds == LABEL, label, self._weights[np.minimum(kinds, LEVELS)])
         if weights.min(initial=1.0) <= 0:
             raise ValueError("a weight code means no weight")
-        kept = np.bincount(rows, weights, length)
+        kept = np.bincount(rows, weights, length).astype(np.float64)
         tail = _tail(planes["tails"], kept) if self.plan.has_tail else np.zeros(length)
         scale = (1.0 - tail) / np.maximum(kept, 1e-30)
         with np.errstate(divide="ignore"):  # no tail: log 0 = -inf is what we mean
@@ -361,7 +374,8 @@ def _largest(weights: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[n
         return starts
     most = np.maximum.reduceat(weights, starts)
     candidates = (weights == np.repeat(most, np.diff(starts, append=len(rows)))).nonzero()[0]
-    return candidates[np.diff(rows[candidates], prepend=-1) != 0]
+    firsts: NDArray[np.int64] = candidates[np.diff(rows[candidates], prepend=-1) != 0]
+    return firsts
 
 
 def _label_units() -> NDArray[np.int64]:
@@ -383,7 +397,7 @@ def _pack(values: NDArray[np.int64], widths: NDArray[np.integer]) -> NDArray[np.
     return np.packbits(((np.repeat(values, widths) >> bit) & 1).astype(np.uint8), bitorder="little")
 
 
-def _unpack(bits: NDArray[np.unsignedinteger], octaves: NDArray[np.int64]) -> NDArray[np.int64]:
+def _unpack(bits: NDArray[np.unsignedinteger], octaves: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Gaps from their octaves and the packed bits below them. Raises ValueError if bits are missing."""
     ends = np.cumsum(octaves)
     starts = ends - octaves
@@ -391,11 +405,12 @@ def _unpack(bits: NDArray[np.unsignedinteger], octaves: NDArray[np.int64]) -> ND
         raise ValueError("a plane is too short")
     buffer = np.zeros(len(bits) + 4, np.uint8)
     buffer[: len(bits)] = bits
-    words = np.ndarray(
-        (len(bits) + 1,), np.dtype("<u4"), buffer, 0, (1,)
-    )  # the 32 bits that start at each byte
-    top = 1 << octaves
-    return ((words[starts >> 3].astype(np.int64) >> (starts & 7)) & (top - 1)) | top
+    # the 32 bits that start at each byte; a copy, for aligned words are read faster
+    words = np.ndarray((len(bits) + 1,), np.dtype("<u4"), buffer, 0, (1,)).copy()
+    top = np.uint32(1) << octaves.astype(np.uint32)
+    shifts = (starts & 7).astype(np.uint32)
+    gaps: NDArray[np.unsignedinteger] = ((words.take(starts >> 3) >> shifts) & (top - np.uint32(1))) | top
+    return gaps
 
 
 def _tail(codes: NDArray[np.unsignedinteger], kept: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -420,7 +435,7 @@ def _padded(
     flat = np.arange(len(ids)) - np.repeat(starts - np.arange(length) * width, counts)
     padded_ids = np.full(length * width, PADDING_ID, np.int32)
     logprobs = np.full(length * width, -np.inf, np.float32)
-    padded_ids[flat] = ids
+    padded_ids[flat] = ids.astype(np.int32)
     logprobs[flat] = logs
     shape = (length, width)
     return SparseTargets(

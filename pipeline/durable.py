@@ -72,6 +72,11 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
+def sealed(values: dict[str, Any]) -> bytes:
+    """Canonical JSON of `values` and of "seal", a digest of all the rest."""
+    return to_json({**values, "seal": digest(to_json(values))})
+
+
 def digest(content: bytes) -> str:
     """BLAKE2b of 128 bits, as hexadecimal text."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -99,6 +104,10 @@ def explain(problem: OSError) -> DdkError | None:
     path = problem.filename or "the output folder"
     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
         return DdkError(f"{path}: no space left on the disk", hint="free some and run the same command again")
+    if problem.errno == errno.EFBIG:
+        return DdkError(
+            f"{path}: larger than a file may be there", hint="raise `ulimit -f`, or set another folder"
+        )
     if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return DdkError(
             f"{path}: no permission to write there", hint="change its mode, or set another folder"

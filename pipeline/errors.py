@@ -1,6 +1,7 @@
 """What a user sees when something is wrong: one line that ends in the next action."""
 
-from typing import NoReturn
+import functools
+from typing import Any, NoReturn
 
 
 class DdkError(Exception):
@@ -13,6 +14,9 @@ class DdkError(Exception):
         super().__init__(f"{message}; {hint}")
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:  # workers send it to the process that shows it
+        return functools.partial(DdkError, hint=self.hint), (self.message,)
 
 
 def fail(message: str, *, hint: str) -> NoReturn:

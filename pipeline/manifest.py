@@ -24,6 +24,7 @@ from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0.05, le=20)]
+MOST_SEQ_LEN = 1 << 20
 MOST_SHARD_WINDOWS = 1 << 16  # a shard's index and its commit record stay small
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -104,7 +105,11 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    device: str = Field("auto", description="hf backend: auto, cpu, cuda, cuda:0, ...")
+    device: str = Field(
+        "auto",
+        description="hf backend: auto, cpu, cuda, cuda:0, ...; balanced or sequential: spread over all GPUs"
+        " (auto does so where one is too small)",
+    )
     batch_windows: Positive = Field(8, description="windows per forward pass")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     vllm: VllmOptions = VllmOptions()
@@ -218,7 +223,7 @@ class Manifest(Section):
     domains: dict[str, Domain] = Field(min_length=1, description="name: where its text comes from")
     teacher: Teacher = Field(description="the model that is run once")
     tokenizer: str | None = Field(None, description="tokenizer folder or id; none: the teacher's")
-    seq_len: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per window")
+    seq_len: Annotated[int, Field(ge=8, le=MOST_SEQ_LEN)] = Field(1024, description="tokens per window")
     prepare: Prepare = Prepare()
     cache: Cache = Cache()
     student: Student | None = Field(None, description="needed by distill")

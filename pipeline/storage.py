@@ -15,7 +15,7 @@ import tempfile
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +29,9 @@ SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 OPEN_FILES = 256  # a local folder keeps open for read_ranges, well below the usual limit of 1024 a process
 PIECE_BYTES = 16 << 20  # read at once when a file is hashed
 UPLOADS = 8  # files of a shard under way at once
+REQUESTS = 32  # reads of one object store under way at once, of all threads together
+CHECKED_NAMES = 1 << 17  # of files that a local folder remembers to lie inside of it
+OUTSIDE = "do not use this cache, or make it again"
 RETRY_SECONDS = "DDK_PIPE_RETRY_SECONDS"  # environment: how long a request to an object store is retried
 
 
@@ -46,6 +49,13 @@ class Folder(Protocol):
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (start, length); raises ValueError where the file ends before."""
+
+    def read_many(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The same of several files: the bytes of each (name, start, length)."""
+
+    def each(self, call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """call(item) of every item, in order; all at once where the files are far. `call` uses neither this nor
+        read_many. Raises what the first item that fails raised."""
 
     def size(self, name: str) -> int:
         """Bytes of the file."""
@@ -104,9 +114,12 @@ def _parts(folder: Folder, name: str) -> list[str]:
 
 
 def _outside(folder: Folder, name: str) -> DdkError:
-    return DdkError(
-        f"{folder.name}: {name!r} leads outside of it", hint="do not use this cache, or make it again"
-    )
+    return DdkError(f"{folder.name}: {name!r} leads outside of it", hint=OUTSIDE)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """True if `path`, with all links followed, lies in `folder`."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _check_size(folder: Folder, name: str, size: int, most: int | None) -> None:
@@ -134,13 +147,24 @@ class LocalFolder:
     def _existing(self, name: str) -> Path:
         """Raises DdkError for a symbolic link out of the folder."""
         path = self._path(name)
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path)):
+        if not is_inside(path, self.path):
             raise _outside(self, name)
         return path
 
     def _open(self, name: str) -> _File:
+        return self._open_inside(name, self._existing(name))
+
+    def _reopen(self, name: str) -> _File:
+        """A file of a shard, which never changes: following all its links once, the dearest part, is enough."""
+        if name in self._open_files.checked:
+            return self._open_inside(name, f"{self.name}/{name}")
+        file = self._open(name)
+        self._open_files.checked.add(name)
+        return file
+
+    def _open_inside(self, name: str, path: str | Path) -> _File:
         # O_NONBLOCK: a pipe among a stranger's files must not hang us
-        file = _File(os.open(self._existing(name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        file = _File(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         if not stat.S_ISREG(os.fstat(file.handle).st_mode):
             raise FileNotFoundError(f"{self.name}/{name}: not a file")
         return file
@@ -152,11 +176,20 @@ class LocalFolder:
         return file.read(0, size)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        file = self._open_files.get(name) or self._open_files.put(name, self._open(name))
-        parts = [file.read(start, length) for start, length in ranges]
-        if any(len(part) != length for part, (_, length) in zip(parts, ranges, strict=True)):
+        return self.read_many([(name, start, length) for start, length in ranges])
+
+    def read_many(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        return [self._read_part(*part) for part in parts]
+
+    def each(self, call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        return list(map(call, items))
+
+    def _read_part(self, name: str, start: int, length: int) -> bytes:
+        files = self._open_files
+        content = (files.get(name) or files.put(name, self._reopen(name))).read(start, length)
+        if len(content) != length:
             raise ValueError(f"{self.name}/{name}: ends too early")
-        return parts
+        return content
 
     def size(self, name: str) -> int:
         return self._existing(name).stat().st_size
@@ -196,6 +229,8 @@ class LocalFolder:
 
     def remove(self, name: str) -> None:
         path = self._path(name)
+        if not is_inside(path.parent, self.path):  # a stranger's link must not make us remove what is not his
+            raise _outside(self, name)
         self._open_files.clear()
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # another writer may be removing the same leftovers
@@ -229,10 +264,11 @@ class _File:
 
 
 class _OpenFiles:
-    """The files used last, at most `limit` of them."""
+    """The files used last, at most `limit` of them, and the names that were found to lie inside the folder."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, threading.Lock()
+        self.checked: set[str] = set()
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def get(self, name: str) -> _File | None:
@@ -246,11 +282,14 @@ class _OpenFiles:
             self._files[name] = file
             while len(self._files) > self._limit:
                 self._files.popitem(last=False)
+            if len(self.checked) > CHECKED_NAMES:
+                self.checked.clear()
         return file
 
     def clear(self) -> None:
         with self._lock:
             self._files.clear()
+            self.checked.clear()
 
 
 @contextmanager
@@ -274,6 +313,8 @@ class ObjectFolder:
         self.name = url.rstrip("/")
         self._retry_seconds = retry_seconds if retry_seconds is not None else _retry_seconds()
         self._store = self._connect()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return self.name
@@ -328,22 +369,38 @@ class ObjectFolder:
             return bytes(answer.bytes())
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return self.read_many([(name, start, length) for start, length in ranges])
+
+    def read_many(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        for name in {name for name, _, _ in parts}:
+            _parts(self, name)
+        return self.each(lambda part: self._read_part(*part), parts)
+
+    def each(self, call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        if len(items) == 1:
+            return [call(items[0])]
+        return list(self._requests().map(call, items))
+
+    def _read_part(self, name: str, start: int, length: int) -> bytes:
         import obstore
 
-        _parts(self, name)
         try:
             with self._asking(name):  # not get_ranges: it panics where joined ranges end behind the object
-                parts = [
-                    bytes(obstore.get_range(self._store, name, start=start, length=length))
-                    for start, length in ranges
-                ]
+                content = bytes(obstore.get_range(self._store, name, start=start, length=length))
         except DdkError:
-            if max(start + length for start, length in ranges) > self.size(name):  # stores answer 416, Range
+            if start + length > self.size(name):  # stores answer 416, Range
                 raise ValueError(f"{self.name}/{name}: ends too early") from None
             raise
-        if any(len(part) != length for part, (_, length) in zip(parts, ranges, strict=True)):
+        if len(content) != length:
             raise ValueError(f"{self.name}/{name}: ends too early")
-        return parts
+        return content
+
+    def _requests(self) -> ThreadPoolExecutor:
+        """Threads that wait for the store, made when first needed."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="requests")
+            return self._pool
 
     def size(self, name: str) -> int:
         import obstore

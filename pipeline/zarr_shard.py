@@ -36,6 +36,7 @@ BLOSC_HEADER = struct.Struct(
     "<BBBBIII"
 )  # version, version of zstd, flags, typesize, nbytes, blocksize, cbytes
 BLOSC_STORED, BLOSC_ZSTD = 0x02, 4  # flag: copied as it is; number of zstd in the upper three bits
+CHUNK = np.dtype([("start", "<u8"), ("length", "<u4"), ("check", "<u4")])  # of one window and array
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -98,7 +99,8 @@ class ShardReader:
     """The arrays `expected` of the group `group` in `folder`, read window by window.
 
     `files` are the bytes of each file of the group by name, `windows` the rows that every array must have, `checks`
-    (optional) the crc32c that each window of each array was committed with, uint32 [windows].
+    (optional) the crc32c that each window of each array was committed with, uint32 [windows], `metadata` (optional) the
+    content of every zarr.json by name, where the caller has read them.
     Raises ValueError naming the file for anything that is not as expected, FileNotFoundError for a missing file.
     May be used from several threads at once.
     """
@@ -112,66 +114,74 @@ class ShardReader:
         files: Mapping[str, int],
         expected: Mapping[str, Expected],
         checks: Mapping[str, NDArray[np.uint32]] | None = None,
+        metadata: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._arrays = {
-            name: _Array.open(folder, f"{group}/{name}", windows, files[array_files(name)[1]], wanted)
-            for name, wanted in expected.items()
-        }
-        self._folder, self._checks = folder, checks
-        self.windows = windows
+        self._folder, self._checked, self.windows = folder, checks is not None, windows
+        self._arrays = []
+        for name, wanted in expected.items():
+            described, file = array_files(name)
+            where = f"{group}/{described}"
+            content = folder.read(where) if metadata is None else metadata[described]
+            width = _width(content, windows, wanted, name=f"{folder.name}/{where}")
+            self._arrays.append(_Array(name, f"{group}/{file}", wanted.dtype, width))
+        indexes = _read_indexes(
+            folder, self._arrays, windows, [files[array_files(name)[1]] for name in expected]
+        )
+        self._chunks = np.zeros(
+            (windows, len(self._arrays)), CHUNK
+        )  # one array, for a reader keeps thousands
+        for column, (array, index) in enumerate(zip(self._arrays, indexes, strict=True)):
+            self._chunks["start"][:, column], self._chunks["length"][:, column] = index.T
+            if checks is not None:
+                self._chunks["check"][:, column] = checks[array.name]
 
     def read(self, row: int) -> Arrays:
         """The arrays of one window, each [width]."""
         if not 0 <= row < self.windows:
             raise IndexError(f"row {row} of {self.windows}")
-        checks = self._checks
-        return {
-            name: array.read(self._folder, row, None if checks is None else int(checks[name][row]))
-            for name, array in self._arrays.items()
-        }
+        chunks = self._chunks[row].tolist()
+        files = [
+            (array.file, start, length)
+            for array, (start, length, _) in zip(self._arrays, chunks, strict=True)
+        ]
+        out = {}
+        contents = self._folder.read_many(files)
+        for array, content, (_, _, check) in zip(self._arrays, contents, chunks, strict=True):
+            try:
+                out[array.name] = array.unpack(content, row, check if self._checked else None)
+            except ValueError as problem:
+                raise ValueError(f"{self._folder.name}/{array.file}: {problem}") from None
+        return out
 
     def checks(self) -> dict[str, NDArray[np.uint32]]:
         """The crc32c of every window as it stands in the files, uint32 [windows] by array (not computed anew)."""
-        return {name: array.stored_checks(self._folder) for name, array in self._arrays.items()}
+        out = {}
+        for array, chunks in zip(self._arrays, self._chunks.T, strict=True):
+            ends = (chunks["start"] + chunks["length"]).tolist()
+            parts = self._folder.read_ranges(array.file, [(end - CHECK_BYTES, CHECK_BYTES) for end in ends])
+            out[array.name] = np.frombuffer(b"".join(parts), "<u4").astype(np.uint32)
+        return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Array:
+    name: str
     file: str
     dtype: np.dtype[Any]
     width: int
-    index: NDArray[np.uint64]  # [windows, 2]: where each chunk starts, and its bytes
 
-    @classmethod
-    def open(cls, folder: Folder, name: str, windows: int, file_bytes: int, expected: Expected) -> _Array:
-        metadata, file = array_files(name)
-        content = folder.read(metadata)
-        width = parse_width(content, windows, expected.dtype, name=f"{folder.name}/{metadata}")
-        if not expected.least <= width <= expected.most or width * expected.dtype.itemsize > MOST_CHUNK_BYTES:
-            raise ValueError(
-                f"{folder.name}/{metadata}: {width} values a window, expected {expected.least} to {expected.most}"
-            )
-        index = _read_index(folder, file, windows, file_bytes, width * expected.dtype.itemsize)
-        return cls(file, expected.dtype, width, index)
-
-    def read(self, folder: Folder, row: int, check: int | None) -> NDArray[Any]:
-        start, length = self.index[row].tolist()
-        (content,) = folder.read_ranges(self.file, [(start, length)])
+    def unpack(self, content: bytes, row: int, check: int | None) -> NDArray[Any]:
+        """The values of a chunk."""
         body, stored = content[:-CHECK_BYTES], int.from_bytes(content[-CHECK_BYTES:], "little")
         if google_crc32c.value(body) != stored or check not in (None, stored):
-            raise ValueError(f"{folder.name}/{self.file}: row {row} fails its checksum")
+            raise ValueError(f"row {row} fails its checksum")
         out = np.empty(self.width, self.dtype)
         try:
             _check_blosc(body, out)
             numcodecs.blosc.decompress(body, out)
         except (ValueError, RuntimeError) as problem:
-            raise ValueError(f"{folder.name}/{self.file}: row {row}: {problem}") from None
+            raise ValueError(f"row {row}: {problem}") from None
         return out
-
-    def stored_checks(self, folder: Folder) -> NDArray[np.uint32]:
-        ends = self.index.sum(1).tolist()
-        parts = folder.read_ranges(self.file, [(end - CHECK_BYTES, CHECK_BYTES) for end in ends])
-        return np.frombuffer(b"".join(parts), "<u4").astype(np.uint32)
 
 
 def _check_blosc(body: bytes, out: NDArray[Any]) -> None:
@@ -183,24 +193,43 @@ def _check_blosc(body: bytes, out: NDArray[Any]) -> None:
         raise ValueError("not compressed by zstd")
 
 
-def _read_index(
-    folder: Folder, file: str, windows: int, file_bytes: int, unpacked: int
-) -> NDArray[np.uint64]:
-    """The shard's index, every entry inside the file and of a size that can be right."""
-    end = file_bytes - windows * 16 - CHECK_BYTES
-    if end < 0:
-        raise ValueError(f"{folder.name}/{file}: too short for an index of {windows} windows")
-    (content,) = folder.read_ranges(file, [(end, file_bytes - end)])
+def _width(content: bytes, windows: int, expected: Expected, *, name: str) -> int:
+    width = parse_width(content, windows, expected.dtype, name=name)
+    if not expected.least <= width <= expected.most or width * expected.dtype.itemsize > MOST_CHUNK_BYTES:
+        raise ValueError(f"{name}: {width} values a window, expected {expected.least} to {expected.most}")
+    return width
+
+
+def _read_indexes(
+    folder: Folder, arrays: list[_Array], windows: int, sizes: list[int]
+) -> list[NDArray[np.uint64]]:
+    """The index at the end of each array's shard file, of which `sizes` are the bytes."""
+    index_bytes = windows * 16 + CHECK_BYTES
+    for array, size in zip(arrays, sizes, strict=True):
+        if size < index_bytes:
+            raise ValueError(f"{folder.name}/{array.file}: too short for an index of {windows} windows")
+    places = zip(arrays, sizes, strict=True)
+    contents = folder.read_many([(array.file, size - index_bytes, index_bytes) for array, size in places])
+    return [
+        _parse_index(content, windows, size - index_bytes, array, name=f"{folder.name}/{array.file}")
+        for content, array, size in zip(contents, arrays, sizes, strict=True)
+    ]
+
+
+def _parse_index(content: bytes, windows: int, end: int, array: _Array, *, name: str) -> NDArray[np.uint64]:
+    """uint64 [windows, 2]: start and bytes of every chunk, before `end` and of a size that can be right."""
     if google_crc32c.value(content[:-CHECK_BYTES]) != int.from_bytes(content[-CHECK_BYTES:], "little"):
-        raise ValueError(f"{folder.name}/{file}: the index fails its checksum")
+        raise ValueError(f"{name}: the index fails its checksum")
     index = np.frombuffer(content[:-CHECK_BYTES], "<u8").reshape(windows, 2)
     starts, lengths = index.T
     if (starts == MISSING).any():
-        raise ValueError(f"{folder.name}/{file}: row {int((starts == MISSING).argmax())} is missing")
-    most = unpacked + BLOSC_HEADER.size + CHECK_BYTES  # blosc stores what it cannot shrink
+        raise ValueError(f"{name}: row {int((starts == MISSING).argmax())} is missing")
+    most = (
+        array.width * array.dtype.itemsize + BLOSC_HEADER.size + CHECK_BYTES
+    )  # blosc stores what it cannot shrink
     least = BLOSC_HEADER.size + CHECK_BYTES
     if ((lengths < least) | (lengths > most) | (starts > end) | (starts + lengths > end)).any():
-        raise ValueError(f"{folder.name}/{file}: the index points outside the file")
+        raise ValueError(f"{name}: the index points outside the file")
     return index
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -37,7 +39,10 @@ DEFAULT_MANIFEST = Path("manifest.yaml")
 
 
 def friendly(command: Callable[P, None]) -> Callable[P, None]:
-    """A user's mistake becomes one line and exit status 2; Ctrl-C says that nothing is lost, status 130."""
+    """A user's mistake becomes one line and exit status 2.
+
+    Ctrl-C and SIGTERM say how to continue, statuses 130 and 143.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -47,8 +52,11 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except DdkError as mistake:
             _stop(str(mistake), 2)
-        except KeyboardInterrupt:
-            _stop("interrupted; what is finished is kept, run the same command again to continue", 130)
+        except KeyboardInterrupt as stop:
+            terminated = type(stop) is not KeyboardInterrupt  # by SIGTERM (ddk_pipe.stages.stopping)
+            again = f"run the same command again to continue: {shlex.join(['ddk-pipe', *sys.argv[1:]])}"
+            how = "terminated" if terminated else "interrupted"
+            _stop(f"{how}; what is finished is kept, {again}", 143 if terminated else 130)
         except OSError as problem:
             mistake_or_none = durable.explain(problem)
             if mistake_or_none is None:
@@ -140,19 +148,39 @@ def prepare(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides 
 
 @app.command("cache-teacher")
 @friendly
-def cache_teacher(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides = None) -> None:
+def cache_teacher(
+    manifest: ManifestArgument = DEFAULT_MANIFEST,
+    overrides: Overrides = None,
+    limit: Annotated[int | None, typer.Option(help="make at most so many shards")] = None,
+    domains: Annotated[str, typer.Option(help="only these, separated by commas")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be done; no teacher is loaded")
+    ] = False,
+    status: Annotated[
+        Path | None, typer.Option(help="append a JSON object per shard and event to this file")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names the cluster)")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="teachers at once; ray: as many as there is room for if left out")
+    ] = None,
+) -> None:
     """Run the teacher once over all windows and keep what students need. Continues where it stopped.
 
-    Prepares the text first if need be.
+    Prepares the text first if need be. SIGTERM and Ctrl-C keep what is finished.
 
     \b
     Example:
       ddk-pipe cache-teacher manifest.yaml --set cache.tau=0.01
+      ddk-pipe cache-teacher manifest.yaml --dry-run
+      ddk-pipe cache-teacher manifest.yaml --domains code,plays --limit 100 --status status.jsonl
+      ddk-pipe cache-teacher manifest.yaml --engine ray --workers 8
     """
     project = _project(manifest, overrides)
+    from ddk_pipe.stages.cache_teacher import Request
     from ddk_pipe.stages.cache_teacher import cache_teacher as run
 
-    run(project)
+    names = tuple(name.strip() for name in domains.split(",") if name.strip())
+    run(project, Request(limit, names, dry_run, status, engine, workers))
 
 
 @app.command()
@@ -186,6 +214,34 @@ def inspect(
     from ddk_pipe.stages.inspect import inspect as run
 
     run(place)
+
+
+@app.command()
+@friendly
+def verify(
+    place: Annotated[str, typer.Argument(help="a cache (folder or URL), an output folder, or a manifest")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="remove what is bad, so that cache-teacher makes it again")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Check every byte of a cache: digests, windows, statistics, and that no shard is missing.
+
+    Exit status 0: sound and complete; 1: something is wrong or missing; 2: no cache to look at.
+
+    --repair removes damaged shards (record first), a damaged rank table with the shards that need it, and what
+    killed writers left more than an hour ago. It never removes anything sound, nor a file it does not know.
+
+    \b
+    Example:
+      ddk-pipe verify out/cache
+      ddk-pipe verify s3://bucket/cache --repair; ddk-pipe cache-teacher
+    """
+    _prepare_machine()
+    from ddk_pipe.stages.verify import verify as run
+
+    if not run(place, repair=repair, as_json=as_json).sound:
+        raise typer.Exit(1)
 
 
 @app.command()

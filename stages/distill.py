@@ -7,9 +7,9 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project
 from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.pipeline.models import load_tokenizer
+from ddk_pipe.pipeline.prefetch import prefetch
 from ddk_pipe.pipeline.sampler import DomainSampler
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, tokenizer_digest
@@ -35,6 +36,7 @@ from ddk_pipe.stages.students import DistillStudent, build_student, save_student
 
 FIRST_WEIGHTS: dict[str, mixing.InitialDraw] = {"ddk": "ddk", "ddk_unsmoothed": "ddk", "natural": "natural"}
 CHECKPOINT = "checkpoints/step-{:08d}"
+READERS = 4  # threads that read windows; one is enough for a disk, an object store is far
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,7 @@ class Run:
         if position is None:
             position = self._start(record)
         try:
-            with ThreadPoolExecutor(1) as pool:
-                self._train(position, record, pool)
+            self._train(position, record)
         except KeyboardInterrupt:
             self._save(position)
             record.publish()
@@ -195,7 +196,7 @@ class Run:
             settings=self.settings,
         )
 
-    def _train(self, position: Position, record: Record, pool: ThreadPoolExecutor) -> None:
+    def _train(self, position: Position, record: Record) -> None:
         tokens_per_step = self.windows_per_step * self.project.manifest.seq_len
         done, total = position.step * tokens_per_step, self.options.steps * tokens_per_step
         with track("distill", total, "tokens", done=done) as advance:
@@ -203,8 +204,9 @@ class Run:
                 into = position.step % self.options.interval_steps
                 steps = min(self.options.interval_steps, self.options.steps - position.step + into)
                 order = self._interval(position)
-                for windows in self._prefetched(order[into * self.windows_per_step :], steps - into, pool):
-                    row = self._step(position, windows)
+                first, last = into * self.windows_per_step, steps * self.windows_per_step
+                for waited, windows in self._steps_of_windows(order[first:last]):
+                    row = {**self._step(position, windows), "data_wait_seconds": waited}
                     record.add("steps", row)
                     advance(tokens_per_step, f"step {position.step}  loss {row['loss']:.3f}")
                 self._end_of_interval(position, record)
@@ -215,21 +217,17 @@ class Run:
         windows = self.options.interval_steps * self.windows_per_step
         return self.sampler.draw_interval(np.array(position.shares), windows)
 
-    def _prefetched(
-        self, order: NDArray[np.int64], steps: int, pool: ThreadPoolExecutor
-    ) -> Iterator[list[CachedWindow]]:
-        """The windows of each step, read one step ahead of the training."""
+    def _steps_of_windows(self, order: NDArray[np.int64]) -> Iterator[tuple[float, list[CachedWindow]]]:
+        """The windows of each step, a step's worth of them read ahead, and the seconds they were waited for."""
 
-        def read(step: int) -> list[CachedWindow]:
-            rows = order[step * self.windows_per_step : (step + 1) * self.windows_per_step]
-            return [self.reader.read(self.domains[domain], TRAIN, int(window)) for domain, window in rows]
+        def read(row: NDArray[np.int64]) -> CachedWindow:
+            return self.reader.read(self.domains[row[0]], TRAIN, int(row[1]))
 
-        ahead: Future[list[CachedWindow]] = pool.submit(read, 0)
-        for step in range(steps):
-            windows = ahead.result()
-            if step + 1 < steps:
-                ahead = pool.submit(read, step + 1)
-            yield windows
+        windows = prefetch(read, order, ahead=self.windows_per_step, threads=READERS)
+        for _ in range(0, len(order), self.windows_per_step):
+            began = time.monotonic()
+            step = list(islice(windows, self.windows_per_step))
+            yield time.monotonic() - began, step
 
     def _step(self, position: Position, windows: list[CachedWindow]) -> dict[str, Any]:
         """One optimizer step; returns its row of the record."""

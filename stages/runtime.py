@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # glibc's mallopt parameters (malloc.h)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 TOP_PAD_BYTES = 64 << 20
+SPREAD = ("balanced", "sequential")  # a model over all GPUs, as transformers calls it
 
 
 def prepare_cpu() -> None:
@@ -39,10 +40,10 @@ def prepare_cpu() -> None:
 
 
 def pick_device(name: str) -> str:
-    """`auto` becomes cuda where there is one; raises DdkError for a GPU that is not there."""
+    """`auto` and the ways to spread become cuda where there is one; raises DdkError for a GPU that is not there."""
     import torch
 
-    if name == "auto":
+    if name == "auto" or name in SPREAD:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DdkError(f"device {name}: this machine has no CUDA device", hint="set device: auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def cached(make_project: MakeProject, cached_output: Path, tmp_path: Path) -> Pa
     path = make_project()
     shutil.copytree(cached_output, tmp_path / "out")
     return path
+
+
+@pytest.fixture(scope="session")
+def ram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory, for tests that write many small files durably; elsewhere on the disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("ram")
+        return
+    with tempfile.TemporaryDirectory(prefix="ddk-pipe-", dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

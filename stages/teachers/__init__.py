@@ -25,12 +25,17 @@ def choose_backend(teacher: manifest.Teacher) -> str:
     return teacher.backend
 
 
-def open_teacher(folder: Path, teacher: manifest.Teacher, *, backend: str, seq_len: int) -> Teacher:
-    """Load the model in `folder` with the chosen engine."""
+def open_teacher(
+    folder: Path, teacher: manifest.Teacher, *, backend: str, seq_len: int, vocab_size: int | None = None
+) -> Teacher:
+    """Load the model in `folder` with the chosen engine.
+
+    `vocab_size`: the tokenizer's ids. What the output layer has beyond them is padding, cut off before the softmax.
+    """
     if backend == "vllm":
         from ddk_pipe.stages.teachers.vllm import VllmTeacher
 
-        return VllmTeacher(folder, teacher, seq_len=seq_len)
+        return VllmTeacher(folder, teacher, seq_len=seq_len, vocab_size=vocab_size)
     from ddk_pipe.stages.teachers.hf import HfTeacher
 
-    return HfTeacher(folder, teacher)
+    return HfTeacher(folder, teacher, vocab_size=vocab_size)

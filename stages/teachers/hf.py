@@ -1,7 +1,10 @@
-"""The teacher through transformers: any causal language model, on one device."""
+"""The teacher through transformers: any causal language model, on one device or spread over several GPUs."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +12,52 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import head_is_plain
+from ddk_pipe.pipeline.models import PROBE_TOKENS, PROBE_TOLERANCE, head_is_plain
 from ddk_pipe.pipeline.selection import Plan, Selected, head_rows, join, select_logits
-from ddk_pipe.stages.runtime import pick_device, pick_dtype
+from ddk_pipe.stages.runtime import SPREAD, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
+
+ROOM = 0.8  # share of a GPU's free memory that weights may take: the rest is for hidden states and logits
 
 
 class HfTeacher:
-    """Runs the decoder on whole windows, and the output layer on blocks of positions.
+    """Runs the decoder on batches of whole windows, and the output layer on blocks of positions.
 
-    Logits of a whole batch would be windows * seq_len * vocabulary floats. Models whose forward changes the
-    output layer's result (soft-capping, scaling) are noticed at the start and run through their own forward.
+    Held at once: the hidden states of a batch and the logits [head_rows, V] of one block. Selection happens where
+    the logits are; only what is kept goes to the host.
     """
 
-    def __init__(self, folder: Path, options: manifest.Teacher) -> None:
+    def __init__(self, folder: Path, options: manifest.Teacher, *, vocab_size: int | None = None) -> None:
+        self.folder = folder
         self.device = torch.device(pick_device(options.device))
         dtype = pick_dtype(options.dtype, self.device)
+        self.spread = choose_spread(folder, options.device, self.device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=options.trust_remote_code
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            device_map=self.spread,
         )
-        self.model = model.to(self.device).eval()
-        self.batch_windows = options.batch_windows
-        self.head = self.model.get_output_embeddings()
-        self.plain_head = head_is_plain(self.model)
+        self.model = (model if self.spread else model.to(self.device)).eval()
+        check_placed(self.model, self.device)
+        self.head = Head(self.model, vocab_size)
+        self.batch_windows = options.batch_windows if self.head.in_blocks else 1
 
     @property
     def vocab_size(self) -> int:
-        return int(self.head.weight.shape[0])
+        return self.head.vocab_size
 
     def describe(self) -> dict[str, Any]:
         return {
             "engine": "transformers",
             "transformers": transformers.__version__,
             "torch": torch.__version__,
-            "device": str(self.device),
+            "device": f"{self.device.type}, {self.spread}" if self.spread else str(self.device),
         }
 
     def close(self) -> None:
@@ -53,35 +65,126 @@ class HfTeacher:
 
     @torch.inference_mode()
     def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
+        device = self.model.get_input_embeddings().weight.device
         out: list[Selected] = []
         for start in range(0, len(windows), self.batch_windows):
             batch = windows[start : start + self.batch_windows]
-            tokens = torch.from_numpy(np.stack([window.tokens for window in batch])).to(self.device)
-            hidden = self._hidden(tokens)
+            tokens = torch.from_numpy(np.stack([window.tokens for window in batch])).to(device)
+            hidden = self.head.states(tokens)
             out += [self._window(hidden[row], window, plan) for row, window in enumerate(batch)]
         return out
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Last hidden states [B, L, d]; or logits [B, L, V] of a model whose head is not plain."""
-        if self.plain_head:
+    def _window(self, hidden: Tensor, window: Window, plan: Plan) -> Selected:
+        labels = torch.from_numpy(window.labels)
+        uniforms = torch.from_numpy(plan.uniforms(window.key, len(window.tokens)))
+        rows = head_rows(self.vocab_size)
+        parts = []
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            logits = self.head.logits(hidden[block])
+            numbers = uniforms[:, block].to(logits.device)
+            try:
+                parts.append(select_logits(logits, labels[block].to(logits.device), plan, numbers))
+            except FloatingPointError as problem:
+                raise DdkError(
+                    f"window {window.key}: {problem} (model {self.folder})", hint="try teacher.dtype: float32"
+                ) from None
+        return to_cpu(join(parts))
+
+
+class Head:
+    """From hidden states to logits in blocks of rows, cut to `vocab_size`, as the model's own forward gives them.
+
+    Plain models: the output layer. Models that cap or scale logits (Gemma, Cohere, Granite): their own forward around
+    a stand-in for the decoder. Models that do not let themselves be taken apart so: whole logits, `in_blocks` False.
+    """
+
+    def __init__(self, model: Any, vocab_size: int | None) -> None:
+        self.model = model
+        self.layer = model.get_output_embeddings()
+        rows = int(self.layer.weight.shape[0])
+        self.vocab_size = min(vocab_size or rows, rows)
+        self.plain = head_is_plain(model)
+        self.in_blocks = self.plain or self._stand_in_is_right()
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, L] -> last hidden states [B, L, d]; whole logits [B, L, V] where not in_blocks."""
+        if self.in_blocks:
             hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return hidden
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
-    def _window(self, hidden: Tensor, window: Window, plan: Plan) -> Selected:
-        labels = torch.from_numpy(window.labels).to(self.device)
-        uniforms = torch.from_numpy(plan.uniforms(window.key, len(window.tokens))).to(self.device)
-        rows = head_rows(self.vocab_size)
-        parts = []
-        for start in range(0, len(hidden), rows):
-            block = slice(start, start + rows)
-            logits = self.head(hidden[block]) if self.plain_head else hidden[block]
-            try:
-                parts.append(select_logits(logits, labels[block], plan, uniforms[:, block]))
-            except FloatingPointError as problem:
-                raise DdkError(f"window {window.key}: {problem}", hint="try teacher.dtype: float32") from None
-        return to_cpu(join(parts))
+    def logits(self, states: Tensor) -> Tensor:
+        """states [N, d] -> logits [N, vocab_size]."""
+        logits: Tensor = states
+        if self.plain:
+            logits = self.layer(states)
+        elif self.in_blocks:
+            logits = self._own_forward(states)
+        return logits[:, : self.vocab_size]
+
+    def _own_forward(self, states: Tensor) -> Tensor:
+        tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        with _standing_in(self.model.base_model, states[None]):
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits[0]
+
+    @torch.inference_mode()
+    def _stand_in_is_right(self) -> bool:
+        device = self.model.get_input_embeddings().weight.device
+        tokens = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
+        whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        try:
+            parts = self._own_forward(states).float()
+        except Exception:  # noqa: BLE001 - a forward that wants more of its decoder than hidden states
+            return False
+        if whole.shape != parts.shape:
+            return False
+        return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp_min(1))
+
+
+@contextmanager
+def _standing_in(decoder: Any, states: Tensor) -> Iterator[None]:
+    """Inside, the decoder answers every call with these hidden states [1, N, d]."""
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states)
+    try:
+        yield
+    finally:
+        del decoder.forward
+        if before is not None:  # accelerate's, of a model spread over devices
+            decoder.forward = before
+
+
+def choose_spread(folder: Path, named: str, device: torch.device) -> str | None:
+    """The device map of a teacher spread over all GPUs, None for one device.
+
+    Spread if the manifest says so, or (`auto`) if one GPU has no room and there are others.
+    Raises DdkError without the package accelerate.
+    """
+    spread = named if named in SPREAD else None
+    if named == "auto" and device.type == "cuda" and torch.cuda.device_count() > 1:
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        free, _ = torch.cuda.mem_get_info(0)
+        spread = "balanced" if weights > ROOM * free else None
+    if spread and importlib.util.find_spec("accelerate") is None:
+        raise DdkError(
+            f"teacher.device: {named} spreads the teacher over several GPUs, and accelerate is not installed",
+            hint="pip install accelerate",
+        )
+    return spread
+
+
+def check_placed(model: Any, device: torch.device) -> None:
+    """Raises DdkError if a part of the model was left on the host or on disk because the GPUs are too small."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if device.type == "cuda" and places & {"cpu", "disk"}:
+        raise DdkError(
+            "teacher: it does not fit the GPUs here, and would be moved from host memory for every batch",
+            hint="use more or larger GPUs, or teacher.dtype: bfloat16",
+        )
 
 
 def to_cpu(selected: Selected) -> Selected:

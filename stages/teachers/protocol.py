@@ -26,7 +26,7 @@ class Teacher(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V: length of the distributions it predicts."""
+        """V: length of the distributions it predicts, without the padding of its output layer."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class VllmTeacher:
     On a CPU the engine lives in this process (V1 runner); on GPUs in processes of its own.
     """
 
-    def __init__(self, folder: Path, options: manifest.Teacher, *, seq_len: int) -> None:
+    def __init__(
+        self, folder: Path, options: manifest.Teacher, *, seq_len: int, vocab_size: int | None = None
+    ) -> None:
         device = torch.device(pick_device(options.device))
         set_environment(device, options)
         keep_our_name_from_vllm()
@@ -41,7 +43,10 @@ class VllmTeacher:
         config = text_config(
             read_config(folder, field="teacher.model", trust_remote_code=options.trust_remote_code)
         )
-        self._vocab_size = int(config.vocab_size)
+        head_size = int(config.vocab_size)  # vLLM cuts its own padding to this, not to the tokenizer's ids
+        self._vocab_size = min(vocab_size or head_size, head_size)
+        check_head(options, head_size, self._vocab_size)
+        self.folder = folder
         self.options, self.device, self.version = options, device, vllm.__version__
         self.runner = ""
         self._plan: Plan | None = None
@@ -100,7 +105,8 @@ class VllmTeacher:
             if request not in done:
                 why = failed.get(request, "vLLM returned nothing for it")
                 raise DdkError(
-                    f"window {window.key}: {why}", hint="try teacher.dtype: float32 or backend: hf"
+                    f"window {window.key}: {why} (model {self.folder})",
+                    hint="try teacher.dtype: float32 or backend: hf",
                 )
         return [unpack(done[request]) for request in requests]
 
@@ -180,6 +186,16 @@ def check_capture(options: manifest.Teacher, plan: Plan) -> None:
         raise DdkError(
             "cache.temperatures: vLLM's prompt_logprobs gives T = 1 only",
             hint="set teacher.vllm.capture: worker, or temperatures: [1.0]",
+        )
+
+
+def check_head(options: manifest.Teacher, head_size: int, vocab_size: int) -> None:
+    """Raises DdkError where prompt_logprobs would give the padding of the output layer a share of the mass."""
+    if options.vllm.capture == "prompt_logprobs" and vocab_size < head_size:
+        raise DdkError(
+            f"teacher.vllm.capture: the teacher predicts {head_size:,} tokens, the tokenizer has {vocab_size:,}, and"
+            " vLLM's prompt_logprobs cannot be cut to them",
+            hint="set teacher.vllm.capture: worker",
         )
 
 

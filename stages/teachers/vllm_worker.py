@@ -63,7 +63,7 @@ class Collector:
     """Selections of running prompts, piece by piece (chunked prefill) until each prompt is whole."""
 
     def __init__(self, plan: Plan, vocab_size: int) -> None:
-        self.plan, self.rows = plan, head_rows(vocab_size)
+        self.plan, self.vocab_size, self.rows = plan, vocab_size, head_rows(vocab_size)
         self.expected: dict[str, tuple[Tensor, Tensor]] = {}  # request -> labels [L], uniforms [T, L, n]
         self.pieces: dict[str, list[tuple[int, Selected]]] = {}
         self.done: dict[str, Packed] = {}
@@ -92,6 +92,7 @@ class Collector:
                 continue  # so leaving the loop early would hang the other ranks
             rows = slice(start + at, start + at + len(logits))
             try:
+                logits = logits[:, : self.vocab_size]  # beyond the tokenizer's ids: padding
                 parts.append(select_logits(logits, labels[rows], self.plan, uniforms[:, rows]))
             except FloatingPointError as problem:
                 self.failed[request] = str(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from alignment import STEP, assert_aligned, prefix_logprobs
 from tiny import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ddk_pipe.pipeline import manifest
@@ -18,7 +20,7 @@ from ddk_pipe.pipeline.models import head_is_plain
 from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.teachers import Window, choose_backend, open_teacher
-from ddk_pipe.stages.teachers.hf import HfTeacher
+from ddk_pipe.stages.teachers.hf import Head, HfTeacher, check_placed, choose_spread
 
 PLAN = Plan("threshold", 0.02, 8, 64, 20, (1.0,), 0)
 
@@ -30,8 +32,8 @@ def make_window(seed: int, length: int = 24, vocab: int = 300) -> Window:
     return Window(f"d/train/0/{seed}", tokens, labels)
 
 
-def teacher(folder: Path, **options: Any) -> HfTeacher:
-    return HfTeacher(folder, manifest.Teacher(model="m", backend="hf", **options))
+def teacher(folder: Path, vocab_size: int | None = None, **options: Any) -> HfTeacher:
+    return HfTeacher(folder, manifest.Teacher(model="m", backend="hf", **options), vocab_size=vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,8 @@ def test_batches_and_blocks_do_not_change_a_window(
             )  # a batch may move a probability by an ulp, and a draw with it
 
 
-def test_heads_that_soft_cap_are_noticed_and_predicted_rightly(tmp_path: Path) -> None:
+def capped_model(folder: Path) -> Any:
+    """A small Gemma 2, whose logits are soft-capped after the output layer."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -96,12 +99,111 @@ def test_heads_that_soft_cap_are_noticed_and_predicted_rightly(tmp_path: Path) -
     model = Gemma2ForCausalLM(config).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(50)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    return model.float()
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_heads_that_soft_cap_are_noticed_and_predicted_rightly(
+    tmp_path: Path, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks around a stand-in for the decoder, and from whole logits where that is refused."""
+    model = capped_model(tmp_path)
     assert not head_is_plain(model)
-    window = make_window(1, vocab=64)
-    (selected,) = teacher(tmp_path).select([window], PLAN)
-    truth = prefix_logprobs(model.float(), window.tokens.tolist())
-    assert_aligned(selected, truth, window.labels.tolist(), tau=PLAN.tau, tolerance=1e-3)
+    if not in_blocks:
+        monkeypatch.setattr(Head, "_stand_in_is_right", lambda self: False)
+    monkeypatch.setattr("ddk_pipe.stages.teachers.hf.head_rows", lambda _: 7)
+    windows = [make_window(seed, vocab=64) for seed in (1, 2)]
+    opened = teacher(tmp_path)
+    assert opened.head.in_blocks == in_blocks and "forward" not in opened.model.base_model.__dict__
+    for window, selected in zip(windows, opened.select(windows, PLAN), strict=True):
+        truth = prefix_logprobs(model, window.tokens.tolist())
+        assert_aligned(selected, truth, window.labels.tolist(), tau=PLAN.tau, tolerance=1e-3)
+
+
+def test_a_forward_that_wants_more_of_its_decoder_gets_whole_logits(tmp_path: Path) -> None:
+    model = capped_model(tmp_path)
+
+    def forward(**options: Any) -> Any:
+        states = model.base_model(**options)
+        return type(states)(logits=states.last_hidden_state.tanh(), past=states.no_such_thing)
+
+    model.forward = forward
+    head = Head.__new__(Head)
+    head.model, head.vocab_size, head.plain = model, 64, False
+    with pytest.raises(AttributeError):
+        head._own_forward(torch.zeros(3, 16))
+    assert "forward" not in model.base_model.__dict__
+
+
+class Largest(TorchDispatchMode):
+    """Rows of the largest tensor of a vocabulary's width that any operation makes."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] >= self.vocab_size:
+            self.rows = max(self.rows, out.numel() // out.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_logits_exist_for_a_block_of_rows_only(
+    tmp_path: Path, capped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = 64 if capped else 96  # wider than any hidden state
+    if capped:
+        capped_model(tmp_path)
+    else:
+        make_model(tmp_path, vocab_size=vocab)
+    opened = teacher(tmp_path, batch_windows=4)
+    monkeypatch.setattr("ddk_pipe.stages.teachers.hf.head_rows", lambda _: 5)
+    with Largest(vocab) as largest:
+        opened.select([make_window(seed, vocab=64) for seed in range(4)], PLAN)
+    assert largest.rows == 5
+
+
+def test_a_head_is_cut_to_the_tokenizer(tmp_path: Path) -> None:
+    """One of 96 rows at 64 ids: the same as the model with its last 32 rows taken off."""
+    padded = make_model(tmp_path / "padded", vocab_size=96)
+    model = AutoModelForCausalLM.from_pretrained(padded)
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "cut")
+    window = make_window(3, vocab=64)
+    one, other = (
+        teacher(tmp_path / name, vocab_size=64).select([window], PLAN)[0] for name in ("padded", "cut")
+    )
+    assert torch.allclose(one.label_logprobs, other.label_logprobs, atol=1e-5, equal_nan=True)
+    assert one.targets[0].ids.equal(other.targets[0].ids)
+    assert teacher(padded).vocab_size == 96 and teacher(padded, vocab_size=200).vocab_size == 96
+
+
+@pytest.mark.parametrize("device", ["balanced", "sequential"])
+def test_a_device_map_changes_nothing(tiny_teacher: Path, device: str) -> None:
+    """Placed by accelerate, here all on the CPU; several GPUs were not at hand."""
+    spread = teacher(tiny_teacher, device=device)
+    assert spread.describe()["device"] == f"cpu, {device}"
+    (one,), (other,) = (opened.select([make_window(0)], PLAN) for opened in (spread, teacher(tiny_teacher)))
+    assert torch.equal(one.label_logprobs.nan_to_num(), other.label_logprobs.nan_to_num())
+    assert one.targets[0].ids.equal(other.targets[0].ids)
+
+
+def test_when_a_teacher_is_spread(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs of a fake."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    assert choose_spread(tiny_teacher, "auto", gpu) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1 << 40))
+    assert choose_spread(tiny_teacher, "auto", gpu) == "balanced"
+    assert choose_spread(tiny_teacher, "cuda:0", gpu) is None
+    assert choose_spread(tiny_teacher, "sequential", gpu) == "sequential"
+    with pytest.raises(DdkError, match="does not fit the GPUs"):
+        check_placed(SimpleNamespace(hf_device_map={"a": 0, "b": "cpu"}), gpu)
+    check_placed(SimpleNamespace(hf_device_map={"a": 0, "b": 1}), gpu)
 
 
 def test_broken_weights_name_the_window(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Teacher, VllmOptions
 from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
-from ddk_pipe.stages.teachers.vllm import check_capture
+from ddk_pipe.stages.teachers.vllm import check_capture, check_head
 from ddk_pipe.stages.teachers.vllm_worker import (
     Collector,
     SelectionExtension,
@@ -178,3 +178,21 @@ def test_plain_prompt_logprobs_says_what_it_cannot_do(scheme: str, temperatures:
     with pytest.raises(DdkError, match=expected):
         check_capture(options, Plan(scheme, 0.02, 8, 64, 20, temperatures, 0))
     check_capture(options, Plan("topk", 0.02, 8, 64, 20, (1.0,), 0))
+
+
+def test_the_padding_of_a_head_is_cut_before_the_softmax() -> None:
+    """The hook sees the rows of the output layer beyond the tokenizer's ids, here large ones."""
+    made = collector()
+    padding = torch.full((LENGTH, 6), 50.0)
+    made.add(
+        "7-0123abcd", 0, HIDDEN, lambda hidden: torch.cat([hidden @ HEAD, padding[: len(hidden)]], dim=1)
+    )
+    assert_same(unpack(made.take()["done"]["7"]), whole())
+
+
+def test_plain_prompt_logprobs_cannot_be_cut() -> None:
+    public = Teacher(model="m", vllm=VllmOptions(capture="prompt_logprobs"))
+    with pytest.raises(DdkError, match="predicts 152,064 tokens, the tokenizer has 151,936"):
+        check_head(public, 152_064, 151_936)
+    check_head(public, 151_936, 151_936)
+    check_head(Teacher(model="m"), 152_064, 151_936)

@@ -78,7 +78,7 @@ def make_model(folder: Path, *, vocab_size: int, seed: int = 0, layers: int = 3,
     return folder
 
 
-def write_project(folder: Path, teacher: Path, **changes: Any) -> Path:
+def write_project(folder: Path, teacher: Path, /, **changes: Any) -> Path:
     """Two domains and a manifest in `folder`; keyword arguments replace sections of it."""
     for name, words in (("code", "return value index list"), ("plays", "king queen night crown")):
         rows = [{"text": f"{SENTENCES[i % 5]} {words} {i} {name}" * (1 + i % 3)} for i in range(60)]

@@ -1,0 +1,34 @@
+"""Fixtures of the fault suite: a small cache that nothing ever happened to, and copies of it to damage."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from caches import fill
+from faults import Judge, small_spec
+
+from ddk_pipe.pipeline.storage import LocalFolder
+
+
+@pytest.fixture
+def tmp_path(ram: Path) -> Path:
+    """In memory: these tests write thousands of files, each with an fsync."""
+    return Path(tempfile.mkdtemp(dir=ram))
+
+
+@pytest.fixture(scope="session")
+def judge(ram: Path) -> Judge:
+    """Knows every window of the small cache."""
+    folder = LocalFolder(ram / "undisturbed")
+    fill(folder, small_spec())
+    return Judge(folder)
+
+
+@pytest.fixture
+def folder(judge: Judge, tmp_path: Path) -> LocalFolder:
+    """The small cache, complete, the test's own."""
+    shutil.copytree(judge.undisturbed.name, tmp_path / "cache")
+    return LocalFolder(tmp_path / "cache")

@@ -134,4 +134,4 @@ def _labels(
 
 
 def _checked(content: bytes) -> bytes:
-    return content + google_crc32c.value(content).to_bytes(4, "little")
+    return content + int(google_crc32c.value(content)).to_bytes(4, "little")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import write_project
 
-from ddk_pipe.pipeline import cache_verify, durable
+from ddk_pipe.pipeline import cache_shard, cache_spec, cache_verify, durable
 from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,

@@ -136,11 +136,11 @@ def test_a_forward_that_wants_more_of_its_decoder_gets_whole_logits(tmp_path: Pa
     assert "forward" not in model.base_model.__dict__
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Rows of the largest tensor of a vocabulary's width that any operation makes."""
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocab_size, self.rows = vocab_size, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

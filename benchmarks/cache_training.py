@@ -10,9 +10,9 @@ distribution by `pipeline.selection` and go through the codec, so that its round
 student) on held-out text against the dense teacher, minus that of the dense arm, averaged over the last evaluations.
 
 The rate stays constant and the batches are small, so the noise of the targets costs far more here than in a real
-run; what counts is its ratio between schemes. It depends on AdamW's second moment: with beta2 = 0.95 that follows the
-noise of each arm (rare draws are spikes, and between two of them the moment decays), with 0.999 it is nearly what
-the common pretraining left, and the response is closer to linear. Every evaluation is kept in SCRATCH/training.json
+run; what counts is its ratio between schemes. AdamW's second moment might bend that: with beta2 = 0.95 it follows the
+noise of each arm (rare draws are spikes, and between two of them it decays), with 0.999 it is nearly what the common
+pretraining left, so both are run. Every evaluation is kept in SCRATCH/training.json
 at once; seeds that are complete there are not run again.
 """
 

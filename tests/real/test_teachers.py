@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from alignment import assert_aligned, prefix_logprobs
+from engines import select_elsewhere
+from tiny import make_model
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.selection import Plan, Selected
@@ -94,15 +96,22 @@ def test_vllm_agrees_with_transformers(
     move one, so there the head is compared, and the draws as a share.
     """
     assert vllm.vocab_size == 49_152
+    assert_agree(scheme, windows, from_hf[scheme], vllm.select(windows, plan(scheme)))
+
+
+def assert_agree(
+    scheme: str, windows: list[Window], ones: list[Selected], others: list[Selected], vocab_size: int = 49_152
+) -> None:
+    """Two engines on the same windows, as test_vllm_agrees_with_transformers says."""
     same_draws = positions = 0
-    for window, one, other in zip(windows, from_hf[scheme], vllm.select(windows, plan(scheme)), strict=True):
+    for window, one, other in zip(windows, ones, others, strict=True):
         labelled = torch.from_numpy(window.labels) >= 0
         assert torch.equal(~one.label_logprobs.isnan(), labelled)
         assert torch.equal(~other.label_logprobs.isnan(), labelled)
         gap = (one.label_logprobs - other.label_logprobs)[labelled].abs()
         assert float(gap.max()) <= TOLERANCE
         for a, b in itertools.zip_longest(one.targets, other.targets):
-            a.validate(49_152), b.validate(49_152)
+            a.validate(vocab_size), b.validate(vocab_size)
             for row in labelled.nonzero()[:, 0].tolist():
                 x, y = kept(a, row), kept(b, row)
                 positions, same_draws = positions + 1, same_draws + (set(x) == set(y))
@@ -156,3 +165,50 @@ def test_plain_prompt_logprobs_gives_the_same_topk(vllm: Teacher, windows: list[
         speaks = a.targets[0].tail > float("-inf")
         assert torch.equal(speaks, b.targets[0].tail > float("-inf"))
         assert torch.allclose(a.targets[0].tail[speaks].exp(), b.targets[0].tail[speaks].exp(), atol=1e-4)
+
+
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+SAME_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+BATCHES = {
+    "vllm here, all windows in one step, 16 at once": ("vllm", 16, 8192, SAME_PROCESS),
+    "vllm in its own process, steps of 130 tokens, one window at once": ("vllm", 1, 130, OWN_PROCESS),
+    "vllm in its own process, steps of 300 tokens, 16 at once": ("vllm", 16, 300, OWN_PROCESS),
+    "hf, one window at once": ("hf", 1, 8192, {}),
+    "hf, 16 at once": ("hf", 16, 8192, {}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_engines_processes_chunks_and_batches_agree(
+    smollm: Path, need_vllm: None, windows: list[Window], from_hf: dict[str, list[Selected]], name: str
+) -> None:
+    """Against transformers in float32 with three windows at once; the V1 runner, as V2 needs a GPU."""
+    backend, batch, step, environment = BATCHES[name]
+    options = manifest.Teacher(
+        model="m",
+        backend=backend,
+        batch_windows=batch,
+        vllm=manifest.VllmOptions(max_num_batched_tokens=step),
+    )
+    schemes = ["pps", "threshold", "topk"]
+    plans = [plan(scheme) for scheme in schemes]
+    found = select_elsewhere(smollm, options, windows, plans, environment=environment)
+    for scheme, others in zip(schemes, found, strict=True):
+        assert_agree(scheme, windows, from_hf[scheme], others)
+
+
+def test_vllm_cuts_a_padded_head(tmp_path: Path, need_vllm: None) -> None:
+    """config.vocab_size 512 is what vLLM cuts to; the tokenizer's 385 ids are what we cut to."""
+    folder = make_model(tmp_path, vocab_size=512, hidden_size=128)  # heads of 32: vLLM has no smaller ones
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(3):
+        tokens = rng.integers(0, 385, 40)
+        made.append(Window(f"d/train/0/{number}", tokens, np.append(tokens[1:], NO_LABEL)))
+    plans = [plan("threshold"), plan("topk")]
+    one, other = (
+        select_elsewhere(folder, manifest.Teacher(model="m", backend=backend), made, plans, vocab_size=385)
+        for backend in ("hf", "vllm")
+    )
+    for scheme, a, b in zip(("threshold", "topk"), one, other, strict=True):
+        assert_agree(scheme, made, a, b, vocab_size=385)

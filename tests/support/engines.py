@@ -1,0 +1,56 @@
+"""Teachers in processes of their own: vLLM reads its environment once, and gives memory back only at the end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.selection import Plan, Selected
+from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.teachers import Window, open_teacher
+from ddk_pipe.stages.teachers.vllm_worker import Packed, pack, unpack
+
+
+def select_elsewhere(
+    folder: Path,
+    options: manifest.Teacher,
+    windows: list[Window],
+    plans: list[Plan],
+    *,
+    vocab_size: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> list[list[Selected]]:
+    """What a teacher in a new process selects, for each plan."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        job = pool.submit(_select, folder, options, windows, plans, vocab_size, environment or {})
+        return [[unpack(packed) for packed in column] for column in job.result()]
+
+
+def _select(
+    folder: Path,
+    options: manifest.Teacher,
+    windows: list[Window],
+    plans: list[Plan],
+    vocab_size: int | None,
+    environment: dict[str, str],
+) -> list[list[Packed]]:
+    os.environ.update(environment)
+    prepare_cpu()
+    opened = open_teacher(
+        folder, options, backend=options.backend, seq_len=len(windows[0].tokens), vocab_size=vocab_size
+    )
+    step = options.batch_windows
+    try:
+        return [
+            [
+                pack(selected)
+                for start in range(0, len(windows), step)
+                for selected in opened.select(windows[start : start + step], plan)
+            ]
+            for plan in plans
+        ]
+    finally:
+        opened.close()

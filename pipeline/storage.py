@@ -151,6 +151,13 @@ class LocalFolder:
             raise _outside(self, name)
         return path
 
+    def _changeable(self, name: str) -> Path:
+        """Raises DdkError where a stranger's link would make us write or remove outside of the folder."""
+        path = self._path(name)
+        if not is_inside(path.parent, self.path):
+            raise _outside(self, name)
+        return path
+
     def _open(self, name: str) -> _File:
         return self._open_inside(name, self._existing(name))
 
@@ -205,7 +212,7 @@ class LocalFolder:
             if not entry.name.startswith(start) or entry.name.endswith(".partial"):
                 continue
             if entry.is_dir() and not entry.is_symlink():  # a link is listed as it stands, never followed
-                found += [path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir()]
+                found += _below(entry)
             else:
                 found.append(entry)
         return sorted(path.relative_to(self.path).as_posix() for path in found)
@@ -216,21 +223,19 @@ class LocalFolder:
             return sorted(f"{folder}/{entry.name}" for entry in entries if entry.is_file())
 
     def write(self, name: str, content: bytes) -> None:
-        durable.write_file(self._path(name), content)
+        durable.write_file(self._changeable(name), content)
         self._open_files.clear()
 
     def create(self, name: str, content: bytes) -> None:
-        durable.write_file(self._path(name), content, exclusive=True)
+        durable.write_file(self._changeable(name), content, exclusive=True)
 
     def publish(self, local_folder: Path, name: str) -> None:
-        final = self._path(name)
+        final = self._changeable(name)
         durable.make_folder(final.parent)
         durable.publish_folder(local_folder, final)
 
     def remove(self, name: str) -> None:
-        path = self._path(name)
-        if not is_inside(path.parent, self.path):  # a stranger's link must not make us remove what is not his
-            raise _outside(self, name)
+        path = self._changeable(name)
         self._open_files.clear()
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # another writer may be removing the same leftovers
@@ -290,6 +295,15 @@ class _OpenFiles:
         with self._lock:
             self._files.clear()
             self.checked.clear()
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files and links at any depth; what another writer removes meanwhile is left out."""
+    return [
+        Path(place, name)
+        for place, folders, files in os.walk(folder)
+        for name in [*files, *(name for name in folders if os.path.islink(os.path.join(place, name)))]
+    ]
 
 
 @contextmanager

@@ -115,6 +115,18 @@ def test_a_folder_may_itself_be_a_link_but_links_inside_stay_inside(tmp_path: Pa
         with pytest.raises(DdkError, match="leads outside"):
             place.read(name)
     assert place.names() == ["a", "b", "out", "up"]  # never what is behind a link
+    built = place.scratch()
+    changes: list[Callable[[], None]] = [
+        lambda: place.write("up/secret", b"2"),
+        lambda: place.create("up/new", b"2"),
+        lambda: place.publish(built, "up/group"),
+        lambda: place.remove("up/secret"),
+    ]
+    for change in changes:
+        with pytest.raises(DdkError, match="leads outside"):
+            change()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "secret"]
+    assert (tmp_path / "secret").read_text() == "x"
 
 
 def test_open_files_are_capped(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ class CacheWriter:
 
     def _publish(self, shard: Shard, built: Path, record: ShardRecord) -> ShardRecord:
         ours = f"{shard.domain}/{shard.split}/{record.group}"
-        if len(record.sealed()) > MOST_JSON_BYTES:
+        sealed = record.sealed()
+        if len(sealed) > MOST_JSON_BYTES:
             raise DdkError(f"{shard.name}: its commit record is too large", hint="lower cache.shard_windows")
         # Listed before the commit: a group that comes later belongs to a loser who removes it himself, or, should
         # somebody repair the shard meanwhile, to the next winner.
@@ -200,19 +201,19 @@ class CacheWriter:
             with suppress(Exception):  # half uploaded, and no record names it
                 self.folder.remove(ours)
             raise
-        known = self._commit(shard, record)
+        known = self._commit(shard, record, sealed)
         for group in leftovers if known.group == record.group else [ours]:
             self.folder.remove(group)
         return known
 
-    def _commit(self, shard: Shard, record: ShardRecord) -> ShardRecord:
+    def _commit(self, shard: Shard, record: ShardRecord, sealed: bytes) -> ShardRecord:
         """Create the commit record; returns the one that stands there then, ours or that of somebody faster.
 
         After a lost answer a store retries, finds our own record and says "exists": only reading it tells who won.
         """
         for attempt in range(COMMIT_TRIES):
             try:
-                self.folder.create(shard.record, record.sealed())
+                self.folder.create(shard.record, sealed)
                 return record
             except FileExistsError:
                 known = read_record(self.folder, shard, self.spec)

@@ -88,10 +88,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk that holds `folder`, or will hold it."""
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def need_space(folder: Path, needed_bytes: int, *, what: str) -> None:
     """Raise DdkError if the disk that will hold `folder` has less than `needed_bytes` free."""
-    existing = next(path for path in [folder, *folder.parents] if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise DdkError(
             f"{folder}: {what} needs about {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",

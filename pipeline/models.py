@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 1e-3  # relative to the largest logit
@@ -117,15 +121,23 @@ def head_is_plain(model: Any) -> bool:
     """True if output layer(last hidden state) is what the model's own forward returns.
 
     Soft-capping or scaling between the two (Gemma, Cohere, Granite) makes it False: such a model's logits
-    cannot be formed in blocks by its output layer alone. Runs eight tokens through the model.
+    cannot be formed in blocks by its output layer alone.
+    """
+    return forward_ends_in(model, model.get_output_embeddings())
+
+
+def forward_ends_in(model: Any, last: Callable[[Tensor], Tensor]) -> bool:
+    """True if `last`(last hidden states [1, N, d]) -> [1, N, V] is what the model's own forward returns.
+
+    Tried on eight tokens.
     """
     import torch
 
-    head = model.get_output_embeddings()
+    vectors = model.get_input_embeddings().weight
     with torch.inference_mode():
-        tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
+        tokens = torch.arange(PROBE_TOKENS, device=vectors.device)[None] % len(vectors)
         whole = model(input_ids=tokens, use_cache=False).logits.float()
-        parts = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
+        parts = last(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
     if whole.shape != parts.shape:
         return False
     return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp_min(1))

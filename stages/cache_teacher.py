@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from ddk_pipe.pipeline.cache import (
     split_size,
     uncommitted,
 )
-from ddk_pipe.pipeline.durable import need_space
+from ddk_pipe.pipeline.durable import free_bytes, need_space
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import (
@@ -195,8 +194,7 @@ def _dry_run(
 def _free(cache: Folder) -> str:
     if not isinstance(cache, LocalFolder):
         return ""
-    existing = next(path for path in [cache.path, *cache.path.parents] if path.exists())
-    return f", {shutil.disk_usage(existing).free / 1e9:.3f} GB free there"
+    return f", {free_bytes(cache.path) / 1e9:.3f} GB free there"
 
 
 def check_plan(project: Project, plan: Plan, backend: str) -> None:

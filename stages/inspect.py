@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
+from ddk_pipe.stages.tables import new_table, terminal
 
 
 def inspect(place: str) -> None:
@@ -22,19 +22,13 @@ def inspect(place: str) -> None:
     """
     console = terminal()
     found = False
-    for table in _cache(open_folder(place)) if is_url(place) else _tables(Path(place)):
-        console.print(table)
+    for part in _cache(open_folder(place)) if is_url(place) else _tables(Path(place)):
+        console.print(part)
         found = True
     if not found:
         raise DdkError(
             f"{place}: no tokens, cache or run of ddk-pipe", hint="name an output folder or a part of one"
         )
-
-
-def terminal() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
-    width = None if Console().is_terminal else 120
-    return Console(highlight=False, width=width, soft_wrap=False)
 
 
 def _tables(path: Path) -> Iterator[Table]:
@@ -52,13 +46,6 @@ def _tables(path: Path) -> Iterator[Table]:
             yield from _tables(run)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    return table
-
-
 def _splits(path: Path) -> list[Path]:
     """Prepared splits in `path`: itself, a domain's two, or all of a tokens folder."""
     candidates = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))]
@@ -72,7 +59,7 @@ def _splits(path: Path) -> list[Path]:
 def _tokens(path: Path, splits: list[Path]) -> Table:
     from ddk_pipe.pipeline.tokens import open_split
 
-    table = _table(
+    table = new_table(
         f"tokens {path}", "split", "documents", "windows", "seq_len", "tokens", "labels", "bytes/token"
     )
     for folder in splits:
@@ -94,7 +81,7 @@ def _cache(folder: Folder) -> Iterator[Table]:
     from ddk_pipe.pipeline.cache import ShardRecord, committed, read_spec
 
     spec = read_spec(folder)
-    facts = _table(f"cache {folder.name}", "what", "value")
+    facts = new_table(f"cache {folder.name}", "what", "value")
     for name, value in {**spec.about, **spec.identity(), "fingerprint": spec.fingerprint}.items():
         text = (
             ", ".join(f"{key} {inner}" for key, inner in value.items())
@@ -103,7 +90,7 @@ def _cache(folder: Folder) -> Iterator[Table]:
         )
         facts.add_row(escape(name), escape(text))
     yield facts
-    table = _table(
+    table = new_table(
         "shards",
         "split",
         "shards",
@@ -141,7 +128,7 @@ def _run(path: Path) -> Iterator[Table]:
 
     steps, validation = read_rows(path, "steps"), read_rows(path, "validation")
     finished = (path / "run.json").is_file()
-    facts = _table(f"run {path}", "what", "value")
+    facts = new_table(f"run {path}", "what", "value")
     facts.add_row("state", "finished" if finished else "unfinished")
     facts.add_row("steps", f"{steps[-1]['step'] if steps else 0:,}")
     if steps:
@@ -175,7 +162,7 @@ def domain_table(title: str, domains: dict[str, dict[str, float]]) -> Table:
     """Perplexities and weights per domain."""
     import math
 
-    table = _table(
+    table = new_table(
         title, "domain", "teacher", "student before", "student after", "first weight", "last weight"
     )
     for name, facts in domains.items():

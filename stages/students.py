@@ -15,9 +15,8 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd
 from ddk_pipe.pipeline.manifest import Project, Student
 from ddk_pipe.pipeline.models import (
-    PROBE_TOKENS,
-    PROBE_TOLERANCE,
     check_length,
+    forward_ends_in,
     head_is_plain,
     model_folder,
     read_config,
@@ -107,13 +106,9 @@ def _head_is_capped(lm: Any) -> bool:
     cap = config.final_logit_softcapping
     config.final_logit_softcapping = 1.0
     try:
-        with torch.inference_mode():
-            tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
-            whole = lm(input_ids=tokens, use_cache=False).logits.float()
-            parts = head(lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
+        return forward_ends_in(lm, lambda states: head(states).float().tanh())
     finally:
         config.final_logit_softcapping = cap
-    return bool((whole - parts.tanh()).abs().max() <= PROBE_TOLERANCE)
 
 
 def _load(name: str, student: Student | None, field: str, *, revision: str | None = None) -> Any:

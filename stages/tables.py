@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-WIDTH = 100  # columns, where standard output is no terminal
+WIDTH = 120  # columns, where standard output is no terminal
 
 
 def terminal() -> Console:
@@ -15,7 +15,7 @@ def terminal() -> Console:
     return Console(highlight=False, width=width, soft_wrap=False)
 
 
-def table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """An empty table: names on the left, figures on the right."""
     out = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):

@@ -14,7 +14,7 @@ from ddk_pipe.pipeline.cache_verify import verify as verify_cache
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 from ddk_pipe.stages.progress import say, track
-from ddk_pipe.stages.tables import table, terminal
+from ddk_pipe.stages.tables import new_table, terminal
 
 NAMED = 5  # of many alike, so many are named
 
@@ -54,7 +54,7 @@ def _show(report: Report, repair: bool) -> None:
 
 def _table(report: Report) -> Table:
     columns = ("split", "shards", "sound", "windows", "positions", "entries", "MB", "nats/token")
-    out = table(f"cache {report.cache}", *columns)
+    out = new_table(f"cache {report.cache}", *columns)
     total = SplitReport()
     for name, split in report.splits.items():
         out.add_row(*_row(name, split))

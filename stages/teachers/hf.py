@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import PROBE_TOKENS, PROBE_TOLERANCE, head_is_plain
+from ddk_pipe.pipeline.models import forward_ends_in, head_is_plain
 from ddk_pipe.pipeline.selection import Plan, Selected, head_rows, join, select_logits
 from ddk_pipe.stages.runtime import SPREAD, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
@@ -130,19 +130,11 @@ class Head:
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits[0]
 
-    @torch.inference_mode()
     def _stand_in_is_right(self) -> bool:
-        device = self.model.get_input_embeddings().weight.device
-        tokens = torch.arange(PROBE_TOKENS, device=device)[None] % self.vocab_size
-        whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-        states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         try:
-            parts = self._own_forward(states).float()
+            return forward_ends_in(self.model, lambda states: self._own_forward(states[0])[None])
         except Exception:  # noqa: BLE001 - a forward that wants more of its decoder than hidden states
             return False
-        if whole.shape != parts.shape:
-            return False
-        return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp_min(1))
 
 
 @contextmanager

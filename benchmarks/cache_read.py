@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -35,7 +34,9 @@ from common import Row, alternate, fresh_process, goal, report, spread
 from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
+import s3
 import torch
 import zarr
 from read_material import DOMAIN, SEQ_LEN, SPLIT, make_cache
@@ -52,7 +53,6 @@ READS = 400  # of a round
 # what prepare_cpu sets, for fresh_process (where it sets nothing)
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
 FAR_SECONDS = 0.02  # added to every request to be like a store that is far
-MOTO = Path(__file__).resolve().parents[1] / "tests" / "support"
 
 
 def cache_at(scratch: Path, size: tuple[int, int], *, link: bool = False) -> LocalFolder:
@@ -260,23 +260,10 @@ def worker(folder: LocalFolder, rounds: int) -> Row:
 
 @contextmanager
 def moto() -> Iterator[str]:
-    """An address in a fresh S3 whose server is another process."""
-    code = "import json, sys, s3\nwith s3.s3_server() as found:\n print(json.dumps(found), flush=True)\n sys.stdin.read()"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(MOTO)},
-    )
-    assert server.stdin and server.stdout
-    try:
-        os.environ.update(json.loads(server.stdout.readline()))
-        yield "s3://teacher-cache/read"
-    finally:
-        server.stdin.close()
-        server.wait(30)
+    """An address in a fresh S3; its server is another process."""
+    with s3.s3_server() as environment:
+        os.environ.update(environment)
+        yield s3.new_prefix()
 
 
 class Counting(ObjectFolder):

@@ -10,7 +10,8 @@ the process's, page faults and system calls included; a core share is CPU second
 shards   random windows of 10 to 10,000 shards that were opened before, in turn; what it costs to open a shard; memory
 parts    128 windows a shard: the same, without decoding, and the same arrays by zarr itself
 host     several threads, and several processes
-s3       moto's server in a process of its own, which is no real S3: its latency is none, its throughput is the limit
+s3       moto's server in a process of its own, which is no real S3: its latency is none, and its own speed (some 400
+         requests/s) is the limit; so the same again with 20 ms added to each request before it is sent
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ COUNTS = (10, 100, 1_000, 10_000)  # shards
 MANY, DEEP, FAR = (10_000, 1), (64, 128), (8, 4)  # shards, windows in each
 WANTED = 160_000  # positions a second and host
 READS = 400  # of a round
+# what prepare_cpu sets, for fresh_process (where it sets nothing)
+HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"}
+FAR_SECONDS = 0.02  # added to every request to be like a store that is far
 MOTO = Path(__file__).resolve().parents[1] / "tests" / "support"
 
 
@@ -122,7 +126,7 @@ def shards_part(arguments: argparse.Namespace) -> None:
     found = alternate({str(count): load.some for count, load in loads.items()}, arguments.rounds)
     rows = [cpu_row(f"{count} shards", seconds) for count, seconds in found.items()]
     costs = [
-        fresh_process(__file__, "--opened", str(COUNTS[-1]), "--scratch", str(arguments.scratch))
+        fresh_process(__file__, "--opened", str(COUNTS[-1]), "--scratch", str(arguments.scratch), **HEAP)
         for _ in "123"
     ]
     rows.append(
@@ -234,7 +238,7 @@ def in_processes(processes: int, arguments: argparse.Namespace) -> Row:
     """Readers of one cache in processes of their own, all at once."""
     options = ["--worker", str(arguments.rounds), "--scratch", str(arguments.scratch)]
     with ThreadPoolExecutor(processes) as pool:
-        found = list(pool.map(lambda _: fresh_process(__file__, *options), range(processes)))
+        found = list(pool.map(lambda _: fresh_process(__file__, *options, **HEAP), range(processes)))
     row = cpu_row(f"{processes} processes", [second for one in found for second in one["seconds"]])
     row["windows_per_second_together"] = sum(one["windows_per_second"] for one in found)
     return row
@@ -292,7 +296,19 @@ class Counting(ObjectFolder):
         return super().read(name, most=most)
 
 
-class OneByOne(Counting):
+class Slow(Counting):
+    """Every request takes some time more."""
+
+    def _read_part(self, name: str, start: int, length: int) -> bytes:
+        time.sleep(FAR_SECONDS)
+        return super()._read_part(name, start, length)
+
+    def read(self, name: str, *, most: int | None = None) -> bytes:
+        time.sleep(FAR_SECONDS)
+        return super().read(name, most=most)
+
+
+class OneByOne(Slow):
     """Asks for one part after the other, as a reader without read_many would."""
 
     def each(self, call: Callable[[Any], Any], items: Any) -> list[Any]:
@@ -305,7 +321,9 @@ def s3_part(arguments: argparse.Namespace) -> None:
         far = open_folder(url)
         for name in local.names():
             far.write(name, local.read(name))
-        for kind, folder in (("", Counting(url)), (", one part after the other", OneByOne(url))):
+        slow = f" + {FAR_SECONDS * 1e3:g} ms a request"
+        kinds = {"": Counting(url), slow: Slow(url), f"{slow}, parts one by one": OneByOne(url)}
+        for kind, folder in kinds.items():
             load = Load(folder, FAR[0] * FAR[1])
             before, began = folder.requests, time.monotonic()
             load.open_all()

@@ -7,6 +7,7 @@ endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_ALL
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -33,6 +34,9 @@ REQUESTS = 32  # reads of one object store under way at once, of all threads tog
 CHECKED_NAMES = 1 << 17  # of files that a local folder remembers to lie inside of it
 OUTSIDE = "do not use this cache, or make it again"
 RETRY_SECONDS = "DDK_PIPE_RETRY_SECONDS"  # environment: how long a request to an object store is retried
+
+LOCK = threading.Lock()  # of whatever folders and readers keep; one for all, so that a fork can wait for it
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 class Folder(Protocol):
@@ -151,6 +155,13 @@ class LocalFolder:
             raise _outside(self, name)
         return path
 
+    def _changeable(self, name: str) -> Path:
+        """Raises DdkError where a stranger's link would make us write or remove outside of the folder."""
+        path = self._path(name)
+        if not is_inside(path.parent, self.path):
+            raise _outside(self, name)
+        return path
+
     def _open(self, name: str) -> _File:
         return self._open_inside(name, self._existing(name))
 
@@ -164,7 +175,14 @@ class LocalFolder:
 
     def _open_inside(self, name: str, path: str | Path) -> _File:
         # O_NONBLOCK: a pipe among a stranger's files must not hang us
-        file = _File(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            file = _File(os.open(path, flags))
+        except OSError as problem:
+            if problem.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._open_files.clear()  # too many are open, and these can be opened again
+            file = _File(os.open(path, flags))
         if not stat.S_ISREG(os.fstat(file.handle).st_mode):
             raise FileNotFoundError(f"{self.name}/{name}: not a file")
         return file
@@ -205,7 +223,7 @@ class LocalFolder:
             if not entry.name.startswith(start) or entry.name.endswith(".partial"):
                 continue
             if entry.is_dir() and not entry.is_symlink():  # a link is listed as it stands, never followed
-                found += [path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir()]
+                found += _below(entry)
             else:
                 found.append(entry)
         return sorted(path.relative_to(self.path).as_posix() for path in found)
@@ -216,21 +234,19 @@ class LocalFolder:
             return sorted(f"{folder}/{entry.name}" for entry in entries if entry.is_file())
 
     def write(self, name: str, content: bytes) -> None:
-        durable.write_file(self._path(name), content)
+        durable.write_file(self._changeable(name), content)
         self._open_files.clear()
 
     def create(self, name: str, content: bytes) -> None:
-        durable.write_file(self._path(name), content, exclusive=True)
+        durable.write_file(self._changeable(name), content, exclusive=True)
 
     def publish(self, local_folder: Path, name: str) -> None:
-        final = self._path(name)
+        final = self._changeable(name)
         durable.make_folder(final.parent)
         durable.publish_folder(local_folder, final)
 
     def remove(self, name: str) -> None:
-        path = self._path(name)
-        if not is_inside(path.parent, self.path):  # a stranger's link must not make us remove what is not his
-            raise _outside(self, name)
+        path = self._changeable(name)
         self._open_files.clear()
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # another writer may be removing the same leftovers
@@ -267,18 +283,18 @@ class _OpenFiles:
     """The files used last, at most `limit` of them, and the names that were found to lie inside the folder."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
+        self._limit = limit
         self.checked: set[str] = set()
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def get(self, name: str) -> _File | None:
-        with self._lock:
+        with LOCK:
             if name in self._files:
                 self._files.move_to_end(name)
             return self._files.get(name)
 
     def put(self, name: str, file: _File) -> _File:
-        with self._lock:
+        with LOCK:
             self._files[name] = file
             while len(self._files) > self._limit:
                 self._files.popitem(last=False)
@@ -287,9 +303,18 @@ class _OpenFiles:
         return file
 
     def clear(self) -> None:
-        with self._lock:
+        with LOCK:
             self._files.clear()
             self.checked.clear()
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files and links at any depth; what somebody removes meanwhile is left out."""
+    return [
+        Path(place, name)
+        for place, folders, files in os.walk(folder)
+        for name in [*files, *(name for name in folders if os.path.islink(os.path.join(place, name)))]
+    ]
 
 
 @contextmanager
@@ -304,6 +329,8 @@ class ObjectFolder:
     race for create(): the store decides (a put that only succeeds where nothing is).
     """
 
+    _process: int | None = None  # that has used obstore first
+
     def __init__(self, url: str, *, retry_seconds: float | None = None) -> None:
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES:
@@ -314,13 +341,21 @@ class ObjectFolder:
         self._retry_seconds = retry_seconds if retry_seconds is not None else _retry_seconds()
         self._store = self._connect()
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return self.name
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _object_folder, (self.name, self._retry_seconds)
+
+    def _check_process(self) -> None:
+        """obstore's threads do not survive a fork: a child would wait for them without end."""
+        if ObjectFolder._process not in (None, os.getpid()):
+            raise DdkError(
+                f"{self.name}: object stores cannot be used in a process that was forked off",
+                hint="start processes by spawn or forkserver (multiprocessing.set_start_method)",
+            )
+        ObjectFolder._process = os.getpid()
 
     def _connect(self) -> Any:
         try:
@@ -339,6 +374,7 @@ class ObjectFolder:
         """Turns what obstore raises into FileNotFoundError, FileExistsError or a DdkError of one line."""
         from obstore import exceptions
 
+        self._check_process()
         where = f"{self.name}/{name}".rstrip("/")
         try:
             yield
@@ -397,7 +433,8 @@ class ObjectFolder:
 
     def _requests(self) -> ThreadPoolExecutor:
         """Threads that wait for the store, made when first needed."""
-        with self._lock:
+        self._check_process()
+        with LOCK:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="requests")
             return self._pool

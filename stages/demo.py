@@ -20,8 +20,9 @@ from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.models import be_quiet
 from ddk_pipe.pipeline.tokens import SPLITS, open_split
 from ddk_pipe.stages import demo_material
-from ddk_pipe.stages.inspect import domain_table, summarise, terminal
+from ddk_pipe.stages.inspect import domain_table, summarise
 from ddk_pipe.stages.progress import clock, say
+from ddk_pipe.stages.tables import terminal
 
 STAGES = ("prepare", "cache-teacher", "distill")
 PROMPTS = ("def main():", "You may copy and distribute", "KING: What news,")

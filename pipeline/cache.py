@@ -20,7 +20,6 @@ cache_spec, cache_shard and cache_writer hold the parts; this module is what oth
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 
 from ddk_pipe.pipeline.cache_shard import (
@@ -55,7 +54,7 @@ from ddk_pipe.pipeline.cache_spec import (
 )
 from ddk_pipe.pipeline.cache_writer import CacheWriter
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.tokens import SPLITS
 
 __all__ = [
@@ -109,7 +108,6 @@ class CacheReader:
         self._codecs = Codecs(folder, self.spec)
         self._open: OrderedDict[Shard, tuple[str, ShardWindows]] = OrderedDict()
         self._open_windows = 0
-        self._lock = threading.Lock()
 
     def size(self, domain: str, split: str) -> SplitSize:
         """Raises DdkError if the cache lacks the split."""
@@ -138,19 +136,35 @@ class CacheReader:
         size = self.size(domain, split)
         if not 0 <= window < size.windows:
             raise IndexError(f"{domain}/{split} has {size.windows} windows, asked for {window}")
-        group, windows = self._windows(shard_of(domain, split, size, window // size.shard_windows))
-        with damage(self.folder, group):
+        shard = shard_of(domain, split, size, window // size.shard_windows)
+        group, windows = self._windows(shard)
+        try:
+            with damage(self.folder, group):
+                return windows.read(window)
+        except DdkError as problem:
+            if problem.hint != repair(self.folder):
+                raise
+            self._forget(shard)
+            again, windows = self._windows(shard)
+            if again == group:
+                raise
+        with damage(self.folder, again):  # repaired and made again since we opened it
             return windows.read(window)
+
+    def _forget(self, shard: Shard) -> None:
+        with LOCK:
+            if self._open.pop(shard, None) is not None:
+                self._open_windows -= shard.windows
 
     def _windows(self, shard: Shard) -> tuple[str, ShardWindows]:
         """The group of a shard, opened; two threads may open the same one, the second of them in vain."""
-        with self._lock:
+        with LOCK:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
         record = require_record(self.folder, shard, self.spec)
         opened = open_windows(self.folder, shard, record, self.spec, self._codecs, self._slot)
-        with self._lock:
+        with LOCK:
             if shard not in self._open:
                 self._open[shard] = group_of(shard, record), opened
                 self._open_windows += shard.windows

@@ -35,6 +35,7 @@ from ddk_pipe.pipeline.cache_spec import (
     read_ranks,
     repair,
     uncommitted,
+    unreadable,
 )
 from ddk_pipe.pipeline.codec import MOST_ENTRIES, NO_LOG, Codec, Context, Planes, decode_log
 from ddk_pipe.pipeline.errors import DdkError
@@ -44,6 +45,7 @@ from ddk_pipe.pipeline.zarr_shard import Arrays, Expected, ShardReader, array_fi
 
 STAMP_WORDS = 4  # u16 words that hold the window number
 GROUP = re.compile(r"(\d{5,})\.[0-9a-f]{8}\.zarr")
+FOREIGN = "commit record of another cache"
 MOST_METADATA_BYTES = 1 << 16  # of a zarr.json
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
@@ -101,7 +103,7 @@ def parse_record(content: bytes, shard: Shard, spec: CacheSpec) -> ShardRecord:
     if not intact:
         raise ValueError("damaged commit record")
     if record.fingerprint != spec.fingerprint:
-        raise ValueError("commit record of another cache")
+        raise ValueError(FOREIGN)
     named = GROUP.fullmatch(record.group)
     if any(getattr(record, name) != value for name, value in vars(shard).items()):
         raise ValueError("commit record of another shard")
@@ -119,7 +121,7 @@ def parse_record(content: bytes, shard: Shard, spec: CacheSpec) -> ShardRecord:
 def read_record(folder: Folder, shard: Shard, spec: CacheSpec) -> ShardRecord | None:
     """The commit record of a shard, None if it is not committed; raises DdkError if it is damaged or foreign."""
     try:
-        return parse_record(read_json(folder, shard.record), shard, spec)
+        return parse_record(read_json(folder, shard.record, hint=repair(folder)), shard, spec)
     except FileNotFoundError:
         return None
     except ValueError as problem:
@@ -319,6 +321,8 @@ def damage(folder: Folder, group: str) -> Iterator[None]:
     except ValueError as problem:
         text = str(problem) if str(problem).startswith(folder.name) else f"{where}: {problem}"
         raise DdkError(text, hint=repair(folder)) from None
+    except OSError as problem:
+        raise unreadable(folder, group, problem, hint=repair(folder)) from None
 
 
 # --- checks of a whole shard ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ cache.json may come from a stranger: every value is checked for its type and siz
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ SCHEMA_VERSION = 2
 QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"
 REPAIR = "run `ddk-pipe verify {cache} --repair`, then `ddk-pipe cache-teacher` again"
 RESTORE = "restore it, or make the cache again"
+# What a file system says of damage; anything else (no permission, too many files) is not the cache's fault.
+DAMAGE_ERRNOS = (errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 MOST_JSON_BYTES = 16 << 20  # parsed, JSON may take 24 times its bytes
 MOST_SHARDS = 1 << 20  # of a cache
 MOST_SHARD_WINDOWS = manifest.MOST_SHARD_WINDOWS
@@ -37,12 +40,24 @@ def repair(folder: Folder) -> str:
     return REPAIR.format(cache=folder.name)
 
 
-def read_json(folder: Folder, name: str) -> bytes:
-    """A small file; raises DdkError if it is suspiciously large, FileNotFoundError if it is not there."""
+def read_json(folder: Folder, name: str, *, hint: str = RESTORE) -> bytes:
+    """A small file; raises DdkError if it is suspiciously large or damaged, FileNotFoundError if it is not there."""
     try:
         return folder.read(name, most=MOST_JSON_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise unreadable(folder, name, problem, hint=hint) from None
     except ValueError as problem:
-        raise DdkError(str(problem), hint=RESTORE) from None
+        raise DdkError(str(problem), hint=hint) from None
+
+
+def unreadable(folder: Folder, name: str, problem: OSError, *, hint: str) -> Exception:
+    """A system error as the DdkError of a damaged file; as it is where it says nothing about the file."""
+    if problem.errno not in DAMAGE_ERRNOS:
+        return problem
+    where = problem.filename or f"{folder.name}/{name}"
+    return DdkError(f"{where}: cannot be read ({problem.strerror})", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -209,6 +224,8 @@ def read_ranks(folder: Folder, domain: str, vocab_size: int) -> Ranks:
         return Ranks.of(np.frombuffer(content, "<i4", offset=len(header)).astype(np.int32))
     except FileNotFoundError:
         raise DdkError(f"{path}: missing", hint=RESTORE) from None
+    except OSError as problem:
+        raise unreadable(folder, name, problem, hint=RESTORE) from None
     except ValueError as problem:
         raise DdkError(f"{path}: not the table of this cache ({problem})", hint=RESTORE) from None
 

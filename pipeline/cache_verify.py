@@ -14,6 +14,7 @@ makes it no less sound.
 | other groups of a sound shard                            | its record stands, so no writer can commit them now    |
 | `.*.partial` on a disk, an hour after the last write     | no writer builds one shard, or writes a file, so long  |
 
+Where every record is that of another cache, cache.json is to blame and nothing goes.
 Groups of a shard without a record stay: a writer may be about to commit one, and the next who commits the shard
 removes them. Unknown files stay too. It may be killed at any moment and run again; writers and readers may work
 meanwhile, but one repair at a time is enough: two, and a writer between them, could cost a shard (never silently).
@@ -21,7 +22,6 @@ meanwhile, but one repair at a time is enough: two, and a writer between them, c
 
 from __future__ import annotations
 
-import errno
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.cache_shard import (
+    FOREIGN,
     GROUP,
     Codecs,
     ShardFacts,
@@ -41,6 +42,7 @@ from ddk_pipe.pipeline.cache_shard import (
     verify_shard,
 )
 from ddk_pipe.pipeline.cache_spec import (
+    DAMAGE_ERRNOS,
     RESTORE,
     CacheSpec,
     Shard,
@@ -59,8 +61,6 @@ from ddk_pipe.pipeline.storage import OUTSIDE, Folder, LocalFolder, is_inside
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # a name that durable and storage write under
 STALE_SECONDS = 3600.0  # a partial not written to for so long has no writer any more
 STORE_THREADS = 8  # shards checked at once in an object store, where waiting is most of the work
-# What a file system says of damage; anything else (no permission, too many files) is not the shard's fault.
-DAMAGE_ERRNOS = (errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 
 Advance = Callable[[float, str], object]  # windows checked since the last call, name of their shard
 
@@ -165,8 +165,14 @@ class _Check:
 
     def shards(self, shards: list[Shard], names: list[str], advance: Advance) -> None:
         """Check committed shards and the tables they need."""
-        for shard in shards:
-            self._read(shard)
+        problems = {shard: problem for shard in shards if (problem := self._read(shard)) is not None}
+        if problems and not self.records and all(text.endswith(FOREIGN) for text in problems.values()):
+            raise DdkError(  # a repair would remove all of them
+                f"{self.folder.name}/cache.json: not that of the {len(problems)} shards beside it",
+                hint=RESTORE,
+            )
+        for shard, problem in problems.items():
+            self._bad(shard, problem)
         for domain in self.spec.domains:
             self._table(domain)
         ready = [shard for shard in self.records if shard.domain not in self.report.tables]
@@ -178,17 +184,17 @@ class _Check:
             self._judge(shard, outcome, extra.get(shard, []))
             advance(shard.windows, shard.name)
 
-    def _read(self, shard: Shard) -> None:
-        """Keep the commit record; a damaged one is bad, one that is gone was dropped since we looked."""
+    def _read(self, shard: Shard) -> str | None:
+        """Keep the commit record, or say what is wrong with it; one that is gone was dropped since we looked."""
         try:
             record = read_record(self.folder, shard, self.spec)
         except (DdkError, OSError) as problem:
-            self._bad(shard, self._line(problem))
-            return
+            return self._line(problem)
         if record is None:
             self.report.missing.append(shard.name)
         else:
             self.records[shard] = record
+        return None
 
     def _table(self, domain: str) -> None:
         """A bad rank table is reported once, however many shards need it."""
@@ -355,7 +361,10 @@ class _Check:
             if not PARTIAL.fullmatch(path.name) or not is_inside(path, folder.path):
                 continue
             name = path.relative_to(folder.path).as_posix()
-            stale = time.time() - _last_written(path) > STALE_SECONDS
+            written = _last_written(path)
+            if written is None:
+                continue
+            stale = time.time() - written > STALE_SECONDS
             why = "a writer that is gone left it" if stale else "a writer may be at work on it"
             self.report.leftovers.append(Leftover(name, why, removable=stale))
             if self.repair and stale:
@@ -368,10 +377,10 @@ def _group(name: str) -> str:
     return "/".join(name.split("/", 3)[:3])
 
 
-def _last_written(path: Path) -> float:
-    """Time of the last change of a file or of anything in a folder, seconds since the epoch."""
-    latest = 0.0
+def _last_written(path: Path) -> float | None:
+    """Time of the last change of a file or of anything in a folder, seconds since the epoch; None if it is gone."""
+    times = []
     for part in [path, *path.rglob("*")]:
         with suppress(FileNotFoundError):  # a living writer has moved on
-            latest = max(latest, part.lstat().st_mtime)
-    return latest
+            times.append(part.lstat().st_mtime)
+    return max(times, default=None)

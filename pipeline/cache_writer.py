@@ -201,7 +201,12 @@ class CacheWriter:
             with suppress(Exception):  # half uploaded, and no record names it
                 self.folder.remove(ours)
             raise
-        known = self._commit(shard, record, sealed)
+        try:
+            known = self._commit(shard, record, sealed)
+        except OSError:  # the disk is full, say; not for a store out of reach, which may hold our record yet
+            if not self.folder.exists(shard.record):
+                self.folder.remove(ours)
+            raise
         for group in leftovers if known.group == record.group else [ours]:
             self.folder.remove(group)
         return known

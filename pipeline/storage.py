@@ -7,6 +7,7 @@ endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_ALL
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -33,6 +34,9 @@ REQUESTS = 32  # reads of one object store under way at once, of all threads tog
 CHECKED_NAMES = 1 << 17  # of files that a local folder remembers to lie inside of it
 OUTSIDE = "do not use this cache, or make it again"
 RETRY_SECONDS = "DDK_PIPE_RETRY_SECONDS"  # environment: how long a request to an object store is retried
+
+LOCK = threading.Lock()  # of whatever folders and readers keep; one for all, so that a fork can wait for it
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 class Folder(Protocol):
@@ -171,7 +175,14 @@ class LocalFolder:
 
     def _open_inside(self, name: str, path: str | Path) -> _File:
         # O_NONBLOCK: a pipe among a stranger's files must not hang us
-        file = _File(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            file = _File(os.open(path, flags))
+        except OSError as problem:
+            if problem.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._open_files.clear()  # too many are open, and these can be opened again
+            file = _File(os.open(path, flags))
         if not stat.S_ISREG(os.fstat(file.handle).st_mode):
             raise FileNotFoundError(f"{self.name}/{name}: not a file")
         return file
@@ -272,18 +283,18 @@ class _OpenFiles:
     """The files used last, at most `limit` of them, and the names that were found to lie inside the folder."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
+        self._limit = limit
         self.checked: set[str] = set()
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def get(self, name: str) -> _File | None:
-        with self._lock:
+        with LOCK:
             if name in self._files:
                 self._files.move_to_end(name)
             return self._files.get(name)
 
     def put(self, name: str, file: _File) -> _File:
-        with self._lock:
+        with LOCK:
             self._files[name] = file
             while len(self._files) > self._limit:
                 self._files.popitem(last=False)
@@ -292,7 +303,7 @@ class _OpenFiles:
         return file
 
     def clear(self) -> None:
-        with self._lock:
+        with LOCK:
             self._files.clear()
             self.checked.clear()
 
@@ -318,6 +329,8 @@ class ObjectFolder:
     race for create(): the store decides (a put that only succeeds where nothing is).
     """
 
+    _process: int | None = None  # that has used obstore first
+
     def __init__(self, url: str, *, retry_seconds: float | None = None) -> None:
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES:
@@ -328,13 +341,21 @@ class ObjectFolder:
         self._retry_seconds = retry_seconds if retry_seconds is not None else _retry_seconds()
         self._store = self._connect()
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return self.name
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _object_folder, (self.name, self._retry_seconds)
+
+    def _check_process(self) -> None:
+        """obstore's threads do not survive a fork: a child would wait for them without end."""
+        if ObjectFolder._process not in (None, os.getpid()):
+            raise DdkError(
+                f"{self.name}: object stores cannot be used in a process that was forked off",
+                hint="start processes by spawn or forkserver (multiprocessing.set_start_method)",
+            )
+        ObjectFolder._process = os.getpid()
 
     def _connect(self) -> Any:
         try:
@@ -353,6 +374,7 @@ class ObjectFolder:
         """Turns what obstore raises into FileNotFoundError, FileExistsError or a DdkError of one line."""
         from obstore import exceptions
 
+        self._check_process()
         where = f"{self.name}/{name}".rstrip("/")
         try:
             yield
@@ -411,7 +433,8 @@ class ObjectFolder:
 
     def _requests(self) -> ThreadPoolExecutor:
         """Threads that wait for the store, made when first needed."""
-        with self._lock:
+        self._check_process()
+        with LOCK:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="requests")
             return self._pool

@@ -22,7 +22,7 @@ import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.pipeline.storage import LOCK, Folder
 
 numcodecs.blosc.use_threads = (
     False  # as zarr sets it too: chunks are small, and readers have threads of their own
@@ -116,6 +116,8 @@ class ShardReader:
         checks: Mapping[str, NDArray[np.uint32]] | None = None,
         metadata: Mapping[str, bytes] | None = None,
     ) -> None:
+        with LOCK:  # numcodecs makes its lock at the first use; a process forked in that moment would hang
+            getattr(numcodecs.blosc, "get_mutex", lambda: None)()
         self._folder, self._checked, self.windows = folder, checks is not None, windows
         self._arrays = []
         for name, wanted in expected.items():

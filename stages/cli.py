@@ -218,6 +218,32 @@ def inspect(
 
 @app.command()
 @friendly
+def estimate(
+    manifest: ManifestArgument = DEFAULT_MANIFEST,
+    overrides: Overrides = None,
+    windows: Annotated[
+        int | None, typer.Option(help="windows of each domain to look at; about 4k tokens if left out")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Run the teacher on a small sample and say what caches at several settings would cost.
+
+    Prints bytes and entries per position, the size of the cache, the teacher's time, and how much noise the draws
+    add to the gradient, relative to a label drawn from the teacher. Recommends one setting.
+
+    \b
+    Example:
+      ddk-pipe estimate manifest.yaml
+      ddk-pipe estimate manifest.yaml --windows 16 --json
+    """
+    project = _project(manifest, overrides)
+    from ddk_pipe.stages.estimate import estimate as run
+
+    run(project, windows=windows, as_json=as_json)
+
+
+@app.command()
+@friendly
 def verify(
     place: Annotated[str, typer.Argument(help="a cache (folder or URL), an output folder, or a manifest")],
     repair: Annotated[

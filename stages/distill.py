@@ -28,6 +28,7 @@ from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.pipeline.models import load_tokenizer
 from ddk_pipe.pipeline.prefetch import prefetch
 from ddk_pipe.pipeline.sampler import DomainSampler
+from ddk_pipe.pipeline.storage import is_url
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, tokenizer_digest
 from ddk_pipe.stages.progress import say, track
@@ -36,7 +37,7 @@ from ddk_pipe.stages.students import DistillStudent, build_student, save_student
 
 FIRST_WEIGHTS: dict[str, mixing.InitialDraw] = {"ddk": "ddk", "ddk_unsmoothed": "ddk", "natural": "natural"}
 CHECKPOINT = "checkpoints/step-{:08d}"
-READERS = 4  # threads that read windows; one is enough for a disk, an object store is far
+NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ class Run:
         def read(row: NDArray[np.int64]) -> CachedWindow:
             return self.reader.read(self.domains[row[0]], TRAIN, int(row[1]))
 
-        windows = prefetch(read, order, ahead=self.windows_per_step, threads=READERS)
+        readers = FAR_READERS if is_url(self.reader.folder.name) else NEAR_READERS
+        windows = prefetch(read, order, ahead=self.windows_per_step, threads=readers)
         for _ in range(0, len(order), self.windows_per_step):
             began = time.monotonic()
             step = list(islice(windows, self.windows_per_step))

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
+from ddk_pipe.pipeline.storage import is_url, open_folder
+from ddk_pipe.stages.inspect_cache import cache_tables
 from ddk_pipe.stages.tables import new_table, terminal
 
 
@@ -22,8 +23,8 @@ def inspect(place: str) -> None:
     """
     console = terminal()
     found = False
-    for part in _cache(open_folder(place)) if is_url(place) else _tables(Path(place)):
-        console.print(part)
+    for shown in cache_tables(open_folder(place)) if is_url(place) else _tables(Path(place)):
+        console.print(shown)
         found = True
     if not found:
         raise DdkError(
@@ -33,7 +34,7 @@ def inspect(place: str) -> None:
 
 def _tables(path: Path) -> Iterator[Table]:
     if (path / "cache.json").is_file():
-        yield from _cache(open_folder(path))
+        yield from cache_tables(open_folder(path))
     elif (path / "steps.jsonl").is_file():
         yield from _run(path)
     elif splits := _splits(path):
@@ -59,13 +60,13 @@ def _splits(path: Path) -> list[Path]:
 def _tokens(path: Path, splits: list[Path]) -> Table:
     from ddk_pipe.pipeline.tokens import open_split
 
-    table = new_table(
+    out = new_table(
         f"tokens {path}", "split", "documents", "windows", "seq_len", "tokens", "labels", "bytes/token"
     )
     for folder in splits:
         split = open_split(folder)
         facts = split.facts
-        table.add_row(
+        out.add_row(
             escape("/".join(folder.parts[-2:])),
             f"{facts.documents:,}",
             f"{facts.windows:,}",
@@ -74,53 +75,7 @@ def _tokens(path: Path, splits: list[Path]) -> Table:
             f"{facts.labels:,}",
             f"{facts.text_bytes / max(facts.tokens, 1):.2f}",
         )
-    return table
-
-
-def _cache(folder: Folder) -> Iterator[Table]:
-    from ddk_pipe.pipeline.cache import ShardRecord, committed, read_spec
-
-    spec = read_spec(folder)
-    facts = new_table(f"cache {folder.name}", "what", "value")
-    for name, value in {**spec.about, **spec.identity(), "fingerprint": spec.fingerprint}.items():
-        text = (
-            ", ".join(f"{key} {inner}" for key, inner in value.items())
-            if isinstance(value, dict)
-            else str(value)
-        )
-        facts.add_row(escape(name), escape(text))
-    yield facts
-    table = new_table(
-        "shards",
-        "split",
-        "shards",
-        "windows",
-        "positions",
-        "entries/position",
-        "bytes/position",
-        "teacher nats/token",
-    )
-    rows: dict[str, list[ShardRecord]] = {}
-    for shard, record in committed(folder, spec):
-        rows.setdefault(f"{shard.domain}/{shard.split}", []).append(record)
-    for name, sizes in spec.domains.items():
-        for split, size in sizes.items():
-            records = rows.get(f"{name}/{split}", [])
-            positions = sum(record.positions for record in records)
-
-            def per_position(field: str, records: list[ShardRecord] = records, n: int = positions) -> float:
-                return float(sum(getattr(record, field) for record in records) / max(n, 1))
-
-            table.add_row(
-                escape(f"{name}/{split}"),
-                f"{len(records)} of {size.shards}",
-                f"{size.windows:,}",
-                f"{positions:,}",
-                f"{per_position('entries'):.1f}",
-                f"{per_position('target_bytes'):.1f}",
-                f"{per_position('label_nats'):.3f}",
-            )
-    yield table
+    return out
 
 
 def _run(path: Path) -> Iterator[Table]:
@@ -162,11 +117,11 @@ def domain_table(title: str, domains: dict[str, dict[str, float]]) -> Table:
     """Perplexities and weights per domain."""
     import math
 
-    table = new_table(
+    out = new_table(
         title, "domain", "teacher", "student before", "student after", "first weight", "last weight"
     )
     for name, facts in domains.items():
-        table.add_row(
+        out.add_row(
             escape(name),
             *(
                 f"{math.exp(min(facts[key], 50)):,.2f}"
@@ -174,4 +129,4 @@ def domain_table(title: str, domains: dict[str, dict[str, float]]) -> Table:
             ),
             *(f"{facts[key]:.3f}" for key in ("weight_first", "weight_last")),
         )
-    return table
+    return out

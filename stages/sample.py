@@ -40,7 +40,12 @@ def fit_ranks(
     kept = np.zeros(vocab_size)
     for start in range(0, len(windows), batch_windows):
         kept += kept_counts(teacher.select(windows[start : start + batch_windows], plan), vocab_size)
-    text = np.zeros(vocab_size)
+    return ranks_of(kept, split)
+
+
+def ranks_of(kept: NDArray[np.float64], split: Split) -> Ranks:
+    """The rank table from how often each id was kept, float64 [vocab_size], and from the training text."""
+    text = np.zeros(len(kept))
     text[: len(split.token_counts)] = split.token_counts
     return Ranks.fit(kept + TEXT_SHARE * max(kept.sum(), 1.0) * text / max(text.sum(), 1.0))
 

@@ -32,8 +32,3 @@ def folder(judge: Judge, tmp_path: Path) -> LocalFolder:
     """The small cache, complete, the test's own."""
     shutil.copytree(judge.undisturbed.name, tmp_path / "cache")
     return LocalFolder(tmp_path / "cache")
-
-
-# Unfinished: the suite was written while a session ended. Five of its cases expect an error from reading where only
-# `verify` can see the damage, and docs/reliability.md is not there yet. To be made green by the next session.
-collect_ignore_glob = ["test_*.py"]

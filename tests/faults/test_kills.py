@@ -147,7 +147,7 @@ def test_the_real_command_killed_and_stopped(
     judge = Judge(LocalFolder(place / "calm" / "out" / "cache"))
     folder = LocalFolder(place / "killed" / "out" / "cache")
     before = 0
-    for blow in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+    for blow in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         process = run_command(manifests["killed"])
         wait_for_shard(process, folder, before)
         process.send_signal(blow)

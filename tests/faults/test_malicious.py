@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import zarr
 import zstandard
-from caches import group_path, resealed
+from caches import fill, group_path, resealed
 from faults import (
     FIRST,
     GIGABYTE,
@@ -36,6 +36,8 @@ from faults import (
     verifying,
 )
 
+from ddk_pipe.pipeline.cache_verify import verify
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LocalFolder
 
 HARMLESS = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime")
@@ -197,6 +199,20 @@ def test_links_out_of_the_cache_in_every_place(enemy: Enemy) -> None:
     assert enemy.attack(read_anyway=True, verified_anyway=True)
 
 
+@pytest.mark.parametrize("place", ["code/train", "code", "cache.json"])
+def test_links_out_of_the_cache_when_it_is_written(enemy: Enemy, place: str) -> None:
+    """A cache from a stranger that is continued: nothing is written, or removed, where a link leads to."""
+    target = enemy.outside / "moved"
+    (enemy.path / place).rename(target)
+    (enemy.path / place).symlink_to(target)
+    (enemy.path / SECOND.record).unlink()
+    before = tree(enemy.outside)
+    with pytest.raises(DdkError, match="leads outside of it"):
+        fill(enemy.folder, small_spec())
+        verify(enemy.folder, repair=True)
+    assert tree(enemy.outside) == before
+
+
 def restore(enemy: Enemy) -> None:
     """Undo what a repair removed: the cache as it was before the attack."""
     undisturbed = enemy.path.parent.parent / "undisturbed"
@@ -329,7 +345,9 @@ def test_json_that_grows_when_it_is_parsed(enemy: Enemy, name: str) -> None:
     path = enemy.path / name
     field = "about" if name == "cache.json" else "teacher"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: {"x": [[]] * 3_700_000}}))
-    assert name in enemy.attack()
+    read, memory, _ = run_measured(reading, str(enemy.path))
+    assert read.startswith("DdkError: ") and name in read
+    assert 200e6 < memory < GIGABYTE
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "1e999", "-1e999", "NaN", "1e308", "18446744073709551616"])

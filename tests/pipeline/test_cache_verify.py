@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_project
+from caches import fill, make_plan, make_spec
 
 from ddk_pipe.pipeline import cache_shard, cache_spec, cache_verify, durable
 from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,
     Shard,
+    SplitSize,
     all_shards,
     committed,
     group_of,
@@ -30,22 +31,19 @@ from ddk_pipe.pipeline.cache_spec import ranks_bytes
 from ddk_pipe.pipeline.cache_verify import STALE_SECONDS, Report, verify
 from ddk_pipe.pipeline.codec import Ranks
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, open_folder
-from ddk_pipe.stages.cache_teacher import cache_teacher
+from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
 
 Content = dict[str, bytes]
 
 
-@pytest.fixture(scope="session")
-def content(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Content:
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
     """Every file, by name, of a cache of two domains with three shards each."""
-    folder = tmp_path_factory.mktemp("cached-small")
-    windows = {"max_train_windows": 10, "max_validation_windows": 2}
-    path = write_project(folder, tiny_teacher, prepare=windows, cache={"shard_windows": 8})
-    project = load_project(path)
-    cache_teacher(project)
-    return {name: project.cache.read(name) for name in project.cache.names()}
+    folder = LocalFolder(tmp_path_factory.mktemp("small") / "cache")
+    sizes = {TRAIN: SplitSize(6, 4, "train-digest"), VALIDATION: SplitSize(2, 4, "validation-digest")}
+    fill(folder, make_spec(make_plan(temperatures=(1.0,)), domains={"code": sizes, "plays": sizes}))
+    return holds(folder)
 
 
 @pytest.fixture
@@ -421,14 +419,14 @@ def test_links_never_lead_a_repair_outside(disk: LocalFolder, tmp_path: Path) ->
 
 
 def test_killed_in_the_middle_of_a_repair(
-    cache: Folder, content: Content, monkeypatch: pytest.MonkeyPatch
+    disk: LocalFolder, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each number of removals: readers see no wrong value, and the next repair finishes."""
-    shard, group = some_shard(cache)
-    corrupt_data(cache, shard, group)
-    damage_table(cache, read_spec(cache))
-    damaged = holds(cache)
-    real = type(cache).remove
+    shard, group = some_shard(disk)
+    corrupt_data(disk, shard, group)
+    damage_table(disk, read_spec(disk))
+    damaged = holds(disk)
+    real = type(disk).remove
 
     class Killed(BaseException):
         pass
@@ -436,26 +434,26 @@ def test_killed_in_the_middle_of_a_repair(
     def repaired(allowed: int) -> Report | None:
         left = iter(range(allowed))
 
-        def remove(folder: Folder, name: str) -> None:
+        def remove(folder: LocalFolder, name: str) -> None:
             if next(left, None) is None:
                 raise Killed
             real(folder, name)
 
-        monkeypatch.setattr(type(cache), "remove", remove)
+        monkeypatch.setattr(type(disk), "remove", remove)
         try:
-            return verify(cache, repair=True)
+            return verify(disk, repair=True)
         except Killed:
             return None
         finally:
-            monkeypatch.setattr(type(cache), "remove", real)
+            monkeypatch.setattr(type(disk), "remove", real)
 
     for allowed in (1, 2, 3, 50):
         for name, part in damaged.items():
-            cache.write(name, part)
+            disk.write(name, part)
         repaired(allowed)
-        verify(cache, repair=True)
-        left = holds(cache)
+        verify(disk, repair=True)
+        left = holds(disk)
         assert without(left, "code/") == without(content, "code/")
         assert not [name for name in left if name.startswith("code/") and ".zarr/" not in name]
-        assert all(not item.removable for item in verify(cache).leftovers)
-        CacheReader(cache, 1.0).read("plays", "train", 0)
+        assert all(not item.removable for item in verify(disk).leftovers)
+        CacheReader(disk, 1.0).read("plays", "train", 0)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline import durable
 from ddk_pipe.stages.cli import app
 
-COMMANDS = ("init", "schema", "prepare", "cache-teacher", "distill", "inspect", "demo")
+COMMANDS = ("init", "schema", "prepare", "cache-teacher", "distill", "estimate", "inspect", "verify", "demo")
 runner = CliRunner()
 
 

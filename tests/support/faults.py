@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -9,6 +11,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -37,7 +40,7 @@ from ddk_pipe.pipeline.cache import (
 from ddk_pipe.pipeline.cache_shard import ShardWindows, checks_text
 from ddk_pipe.pipeline.cache_verify import verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import Folder, LocalFolder
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
 from ddk_pipe.pipeline.zarr_shard import BLOSC_HEADER, _Array, write_group
 
@@ -45,11 +48,13 @@ SIZES = {TRAIN: SplitSize(8, 2, "train-digest"), VALIDATION: SplitSize(2, 2, "va
 FIRST, SECOND = Shard("code", TRAIN, 0, 0, 2), Shard("code", TRAIN, 1, 2, 2)
 GIGABYTE = 1 << 30
 Values = tuple[np.ndarray[Any, Any], ...]
+Windows = dict[tuple[str, str, int], Values]
 
 
 def small_spec(**changes: Any) -> CacheSpec:
-    """Five shards of two windows at one temperature: a tenth of a second for each."""
-    return make_spec(make_plan(temperatures=(1.0,)), **{"domains": {"code": SIZES}, **changes})
+    """Five shards of two windows at one temperature: a tenth of a second for each. `changes` of spec or plan."""
+    plan = {name: changes.pop(name) for name in ("tau", "seed") if name in changes}
+    return make_spec(make_plan(temperatures=(1.0,), **plan), **{"domains": {"code": SIZES}, **changes})
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -77,6 +82,108 @@ def write_pending(connection: Connection, folder: Folder, spec: CacheSpec) -> No
     """What a writing process does: everything that is not committed yet."""
     connection.send("ready")
     fill(folder, spec)
+
+
+def write_all(connection: Connection, folder: Folder, spec: CacheSpec) -> None:
+    """Write every shard, whoever has committed it."""
+    writer = open_writer(folder, spec)
+    for shard in all_shards(writer.spec):
+        write_shard(writer, shard)
+    connection.send("done")
+
+
+def pause_before(
+    connection: Connection, folder: LocalFolder, spec: CacheSpec, shard: Shard, name: str
+) -> None:
+    """Write a shard and stop (SIGSTOP) before a file gets its name `name`; sends the group that won."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.link" and Path(args[1]).name == name:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    writer = CacheWriter(folder, spec)
+    sys.addaudithook(hook)
+    connection.send(write_shard(writer, shard).group)
+
+
+def fork_and_read(connection: Connection, folder: LocalFolder, expected: Windows, forks: int) -> None:
+    """Fork again and again while two threads read; each child reads everything. Sends their exit statuses."""
+    reader = CacheReader(folder, 1.0)
+    stop = threading.Event()
+
+    def read() -> int:
+        right = all(same(values_of(reader.read(*name)), values) for name, values in expected.items())
+        return 0 if right else 1
+
+    def read_on() -> None:
+        while not stop.is_set():
+            read()
+
+    threads = [threading.Thread(target=read_on) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    statuses = []
+    for _ in range(forks):
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(20, exit=True)
+            os._exit(read())
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    stop.set()
+    connection.send(statuses)
+
+
+def write_in_store(
+    connection: Connection, environment: dict[str, str], url: str, spec: CacheSpec, pending_only: bool = False
+) -> None:
+    """write_all (or write_pending) in an object store."""
+    os.environ.update(environment)
+    if pending_only:
+        write_pending(connection, ObjectFolder(url), spec)
+    else:
+        write_all(connection, ObjectFolder(url), spec)
+
+
+def fork_with_store(connection: Connection, environment: dict[str, str], url: str) -> None:
+    """Read, fork, and read on in the child; sends its exit status and what it was told."""
+    os.environ.update(environment)
+    reader = CacheReader(ObjectFolder(url, retry_seconds=1), 1.0)
+    reader.read("code", TRAIN, 0)
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            reader.read("code", TRAIN, 1)
+        except DdkError as problem:
+            os.write(tell, str(problem).encode())
+            os._exit(0)
+        os._exit(1)
+    os.close(tell)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    connection.send((status, os.read(told, 10_000).decode()))
+
+
+def limited_write(connection: Connection, folder: Folder, spec: CacheSpec, limit: int, most: int) -> None:
+    """Write what is pending under a limit of the system; sends the error and if a user would understand it."""
+    resource.setrlimit(limit, (most, most))
+    try:
+        fill(folder, spec)
+    except OSError as problem:
+        connection.send((errno.errorcode[problem.errno or 0], durable.explain(problem) is not None))
+    else:
+        connection.send("written")
+
+
+def read_with_few_files(connection: Connection, folder: LocalFolder, expected: Windows) -> None:
+    """Read everything while only eight more files may be open; sends how many windows are right."""
+    reader = CacheReader(folder, 1.0)
+    most = len(os.listdir("/proc/self/fd")) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        right = [same(values_of(reader.read(*name)), values) for name, values in expected.items()]
+        connection.send(f"{sum(right)} right")
+    except Exception as problem:  # noqa: BLE001 (the test shows it)
+        connection.send(repr(problem))
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")  # and files opened for writing
@@ -155,7 +262,7 @@ def same(one: Values, other: Values) -> bool:
     return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
 
 
-def all_windows(folder: Folder) -> dict[tuple[str, str, int], Values]:
+def all_windows(folder: Folder) -> Windows:
     """Every window of a complete cache."""
     reader = CacheReader(folder, 1.0)
     return {
@@ -206,6 +313,14 @@ class Judge:
         """Fails unless every window is there and every file of every shard is that of the undisturbed cache."""
         assert self.committed(folder) == len(self.windows)
         assert shard_files(folder) == shard_files(self.undisturbed)
+
+    def complete_but_for(self, folder: Folder, others: list[str]) -> None:
+        """The same, of a cache that has these domains too."""
+        assert self.committed(folder) == len(self.windows)
+        ours = {
+            name: value for name, value in shard_files(folder).items() if name.split("/")[0] not in others
+        }
+        assert ours == shard_files(self.undisturbed)
 
 
 def shard_files(folder: Folder) -> dict[str, str]:

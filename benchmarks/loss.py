@@ -37,7 +37,7 @@ import torch
 from loss_problem import K, RealProblem
 
 PARTS = ("main", "curves", "errors", "peers")
-TAUS = (1e-3, 3e-3)
+TAUS = (1e-3, 2.5e-3)
 INPUTS = "SmolLM2-135M on Python sources"
 CE = "CE on full logits"
 

@@ -32,10 +32,11 @@ Direction = Literal["forward", "reverse"]
 Implementation = Literal["auto", "chunked", "triton"]
 
 # The logits of one chunk take at most this much, as much again when T != 1, and with a softcap. On a CPU
-# (N = 2048, V = 49152, d = 576, one thread) 24, 32, 40, 48, 64 MiB take 4.2, 4.0, 4.1, 3.9, 4.0 s, and peak
-# memory is 0.133, 0.150, 0.155 of full cross-entropy's at 32, 48, 64 MiB: dweight and dhidden alone are 0.097.
+# (N = 2048, V = 49152, d = 576, one thread) 32, 44, 48 MiB take 4.1, 3.9, 3.9 s (the product that forms the
+# logits runs at 79, 83, 85 GFLOP/s), and peak memory is 0.130, 0.140, 0.144 of full cross-entropy's: dweight and
+# dhidden alone are 0.097. With gradient_skip that product is most of the time: 32, 64 MiB take 1.85, 1.73 s.
 # A GPU needs more, or reading and writing dweight once a chunk dominates.
-CPU_LOGIT_BYTES = 32 * 2**20
+CPU_LOGIT_BYTES, CPU_SKIP_LOGIT_BYTES = 44 * 2**20, 64 * 2**20
 DEVICE_LOGIT_BYTES = 2**30
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
 
@@ -313,7 +314,7 @@ def _chunked(
         h.new_zeros(shape, dtype=accumulator) if want else None
         for shape, want in zip(shapes, wanted, strict=True)
     ]
-    rows = _chunk_rows(n, vocab * accumulator.itemsize, h.device)
+    rows = _chunk_rows(n, vocab * accumulator.itemsize, _logit_bytes(h.device, terms))
     logits = h.new_empty(rows, vocab, dtype=accumulator)
     one_softmax = terms.temperature == 1 or not batch.ids.numel() or terms.by_triton
     softened = None if one_softmax else torch.empty_like(logits)
@@ -471,9 +472,15 @@ def _divergence(log_s: Tensor, log_w: Tensor, direction: Direction) -> tuple[Ten
     return kl, s * (gap - kl[:, None])
 
 
-def _chunk_rows(n: int, row_bytes: int, device: torch.device) -> int:
+def _logit_bytes(device: torch.device, terms: _Terms) -> int:
+    """The memory bound of one chunk's logits."""
+    if device.type != "cpu":
+        return DEVICE_LOGIT_BYTES
+    return CPU_LOGIT_BYTES if terms.skip is None else CPU_SKIP_LOGIT_BYTES
+
+
+def _chunk_rows(n: int, row_bytes: int, bound: int) -> int:
     """Rows of a chunk: as many as the memory bound allows, evened out so that no rest is small."""
-    bound = CPU_LOGIT_BYTES if device.type == "cpu" else DEVICE_LOGIT_BYTES
     most = min(max(bound // row_bytes, MIN_CHUNK_ROWS), MAX_CHUNK_ROWS)
     chunks = math.ceil(n / most)
     return math.ceil(n / chunks) if chunks else 0

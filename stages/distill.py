@@ -70,6 +70,16 @@ class Position:
     finished: bool = False  # every gap was below stop_gap_nats
 
 
+@dataclass(frozen=True)
+class StepData:
+    """What one step trains on."""
+
+    windows: list[CachedWindow]  # this process's
+    names: NDArray[np.int64]  # their (domain, window), int64 [windows, 2]
+    digest: str  # of the (domain, window) list of all processes: the record shows that the order was the same
+    waited_seconds: float
+
+
 def distill(project: Project) -> dict[str, Any]:
     """Train, validate and save one student; returns the run's summary. A finished run is not repeated."""
     with join_world() as world:
@@ -184,7 +194,7 @@ class Run:
             finally:
                 self.checkpoints.settle_quietly()
                 record.publish()
-            if stop.asked:
+            if stop.agreed:
                 say(f"distill: stopped at step {position.step}; the same command continues there")
                 stop.leave()
         return self._finish(position, record)
@@ -215,48 +225,37 @@ class Run:
         done, total = position.step * tokens_per_step, self.options.steps * tokens_per_step
         with track("distill", total, "tokens", done=done) as advance:
             while position.step < self.options.steps and not position.finished:
-                for waited, windows, names in self._steps_of_windows(position):
-                    row = {**self._step(position, windows, names), "data_wait_seconds": waited}
+                for data in self._steps_of_windows(position):
+                    row = self._step(position, data)
                     record.add("steps", row)
-                    self.trackers.add(
-                        position.step, {key: value for key, value in row.items() if key != "step"}
-                    )
+                    self.trackers.add(position.step, row)
                     advance(tokens_per_step, f"step {position.step}  loss {row['loss']:.3f}")
-                    last = position.step in (self.options.steps, self._end_of(position.step))
-                    if stop.anywhere(self.world.sum):
-                        if not last:
-                            self._checkpoint(position, record)
-                            return
-                    elif not last:
-                        self._maybe_checkpoint(position, record)
+                    if position.step in (self.options.steps, self._end_of(position.step)):
+                        break
+                    self._maybe_checkpoint(position, record, stopping=stop.anywhere(self.world.sum))
+                    if stop.agreed:
+                        return
                 self._end_of_interval(position, record)
-                if stop.asked:
+                if stop.anywhere(self.world.sum):
                     return
 
-    def _steps_of_windows(
-        self, position: Position
-    ) -> Iterator[tuple[float, list[CachedWindow], NDArray[np.int64]]]:
-        """What is left of the current interval, step by step: this process's windows (a step's worth read ahead),
-        their (domain, window) numbers, and the seconds they were waited for."""
+    def _steps_of_windows(self, position: Position) -> Iterator[StepData]:
+        """What is left of the current interval, step by step; a step's worth of windows is read ahead."""
         into = position.step % self.options.interval_steps
         steps = min(self.options.interval_steps, self.options.steps - position.step + into)
         order = self._interval(position)[into * self.windows_per_step : steps * self.windows_per_step]
-        own = np.concatenate(
-            [
-                rank_slice(step, rank=self.world.rank, world_size=self.world.size)
-                for step in np.split(order, steps - into)
-            ]
-        )
+        every = np.split(order, steps - into)
+        own = [rank_slice(step, rank=self.world.rank, world_size=self.world.size) for step in every]
         each = self.windows_per_step // self.world.size
 
         def read(row: NDArray[np.int64]) -> CachedWindow:
             return self.source.read(int(row[0]), int(row[1]))
 
-        windows = prefetch(read, own, ahead=each, threads=self.source.readers)
-        for start in range(0, len(own), each):
+        windows = prefetch(read, np.concatenate(own), ahead=each, threads=self.source.readers)
+        for step, mine in zip(every, own, strict=True):
             began = time.monotonic()
-            step = list(islice(windows, each))
-            yield time.monotonic() - began, step, own[start : start + each]
+            read_ahead = list(islice(windows, each))
+            yield StepData(read_ahead, mine, durable.digest(step.tobytes())[:16], time.monotonic() - began)
 
     def _interval(self, position: Position) -> NDArray[np.int64]:
         """(domain, window) of every window of the current interval, in order, the same on every process."""
@@ -264,11 +263,9 @@ class Run:
         windows = self.options.interval_steps * self.windows_per_step
         return self.sampler.draw_interval(np.array(position.shares), windows)
 
-    def _step(
-        self, position: Position, windows: list[CachedWindow], names: NDArray[np.int64]
-    ) -> dict[str, Any]:
+    def _step(self, position: Position, data: StepData) -> dict[str, Any]:
         """One optimizer step; returns its row of the record."""
-        row = self.stepper.step(position.step, windows, names)
+        row = self.stepper.step(position.step, data.windows, data.names)
         seconds = row.pop("seconds")
         position.step, position.gap = row["step"], None
         position.seconds += seconds
@@ -277,15 +274,17 @@ class Run:
             **row,
             "tokens": position.step * tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            "data_wait_seconds": data.waited_seconds,
+            "data_order": data.digest,
         }
 
     def _end_of(self, step: int) -> int:
         """The step that ends the interval to which this step belongs."""
         return -(-step // self.options.interval_steps) * self.options.interval_steps
 
-    def _maybe_checkpoint(self, position: Position, record: Record) -> None:
+    def _maybe_checkpoint(self, position: Position, record: Record, *, stopping: bool) -> None:
         every = self.options.checkpoint_steps
-        if every is not None and position.step % every == 0:
+        if stopping or (every is not None and position.step % every == 0):
             self._checkpoint(position, record)
         else:
             self.checkpoints.poll()

@@ -45,6 +45,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.asked = False
         self.terminated = False
+        self.agreed = False  # what every process knows: never act on `asked` where others wait for this one
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler. The second Ctrl-C stops at once."""
@@ -57,8 +58,8 @@ class StopFlag:
     def anywhere(self, add_up: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> bool:
         """True, on every process at the same call, if one of them was asked to stop; `add_up` sums over them."""
         asked = add_up(np.array([float(self.asked), float(self.terminated)]))
-        self.asked, self.terminated = bool(asked[0] > 0), bool(asked[1] > 0)
-        return self.asked
+        self.agreed, self.terminated = bool(asked[0] > 0), bool(asked[1] > 0)
+        return self.agreed
 
     def leave(self) -> NoReturn:
         """Raise what the signal stands for."""

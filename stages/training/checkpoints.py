@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -102,6 +103,8 @@ class Checkpoints:
                 with _no_word_of_one_process():
                     save(self._tensors(), storage_writer=writer, no_dist=True)
                 self._publish(partial, position)
+            except CheckpointException as problem:
+                raise _cause(problem) from None  # a full disk is the user's to mend
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             return
@@ -119,7 +122,10 @@ class Checkpoints:
         if self._pending is None:
             return
         (future, partial, position), self._pending = self._pending, None
-        future.result()
+        try:
+            future.result()
+        except CheckpointException as problem:
+            raise _cause(problem) from None
         # the first process is done only once all others are: it writes the metadata of all their files
         if self.world.leads:
             self._publish(partial, position)
@@ -166,12 +172,11 @@ class Checkpoints:
         """Copy its tensors into the student and the optimizer; raises DdkError if they do not fit or are damaged."""
         reader = _Reader(found.folder)
         try:
+            reader.read_metadata()  # DCP would print a traceback before it gives up
             with _no_word_of_one_process():
                 load(self._tensors(), storage_reader=reader, no_dist=not self.world.distributed)
-        except DdkError:
-            raise
-        except Exception as problem:  # noqa: BLE001 - DCP wraps whatever went wrong on any rank
-            raise _damaged(found.folder, problem) from None
+        except (Exception, CheckpointException) as problem:  # noqa: BLE001 - whatever damaged bytes lead to
+            raise _damaged(found.folder, _cause(problem)) from None
 
     def clear(self) -> None:
         """Remove them all: the run is finished."""
@@ -203,6 +208,14 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
+
+
+def _cause(problem: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed: DCP's own exception is no Exception, and wraps it."""
+    if isinstance(problem, CheckpointException):
+        for wrapped, _ in problem.failures.values():
+            return wrapped
+    return problem
 
 
 def _damaged(folder: Path, problem: BaseException) -> DdkError:

@@ -112,7 +112,6 @@ class Stepper:
                 **extra,
             )
 
-    @torch.no_grad()
     def _not_finite(
         self,
         done: int,
@@ -122,19 +121,37 @@ class Stepper:
         names: NDArray[np.int64],
         gamma: float,
     ) -> DdkError:
-        """The error that names the first window whose own loss is not finite, or else the one of the largest."""
-        self.optimizer.zero_grad(set_to_none=True)
-        own = []
-        for window, (domain, number) in zip(windows, names.tolist(), strict=True):
-            loss = self._loss(self.source.batch([window], self.device), torch.Generator(), gamma)
-            value = float(loss.total) / max(loss.positions, 1)
-            own.append((math.inf if math.isnan(value) else value, self.domains[domain], number))
+        """The error that names a window whose own loss or gradient is not finite, or else the one of the largest."""
+        own = [
+            (self._badness(window, gamma), self.domains[domain], number)
+            for window, (domain, number) in zip(windows, names.tolist(), strict=True)
+        ]
         worst, domain, number = max(
             (found for rank in self.world.gather(own) for found in rank), key=lambda f: f[0]
         )
-        blame = "of loss nan or infinite" if math.isinf(worst) else f"of the largest loss, {worst:.3g}"
+        self.optimizer.zero_grad(set_to_none=True)
+        blame = (
+            "whose loss or gradient is not finite"
+            if math.isinf(worst)
+            else f"of the largest loss, {worst:.3g},"
+        )
         return DdkError(
             f"distill: the loss is {total:.4g} (gradient norm {norm:.4g}) at step {done + 1}; the window {blame}"
             f" is {domain}/train/{number}",
             hint="lower distill.optimizer.learning_rate, or look at that window; the last checkpoint is kept",
         )
+
+    def _badness(self, window: CachedWindow, gamma: float) -> float:
+        """The window's own loss per label, infinity if that, its targets or its gradient are not finite.
+
+        Its gradient is looked at where it is this process's alone: other ranks' windows would be added to it.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(not self.world.distributed):
+            loss = self._loss(self.source.batch([window], self.device), torch.Generator(), gamma)
+        value = float(loss.total.detach()) / max(loss.positions, 1)
+        bad = not math.isfinite(value) or bool(window.targets.logprobs.isnan().any())
+        if not bad and not self.world.distributed:
+            loss.total.backward()
+            bad = not math.isfinite(self.wrapped.clip(None))
+        return math.inf if bad else value

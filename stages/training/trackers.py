@@ -45,7 +45,7 @@ class Trackers:
         numbers = {
             key: float(value)
             for key, value in values.items()
-            if isinstance(value, int | float) and math.isfinite(value)
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value)
         }
         for sink in self._sinks:
             sink(step, numbers)

@@ -149,7 +149,7 @@ def wrap(student: DistillStudent, world: World, *, parallel: str, dtype: torch.d
     if not world.distributed:
         return Wrapped(student, student, world, sharded=False)
     if parallel == "ddp":
-        ddp = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel(student, forward_sync_buffers=False)
         return Wrapped(student, ddp, world, sharded=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

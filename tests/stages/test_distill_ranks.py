@@ -16,13 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import finish, start_ranks
-from tiny import MakeProject, write_jsonl
+from tiny import MakeProject, write_jsonl, write_project
 from torch.distributed.tensor import DTensor
 
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.cache_teacher import cache_teacher
-from ddk_pipe.stages.distill import Run
+from ddk_pipe.stages.distill import Position, Run
 from ddk_pipe.stages.training.world import World, join_world
 
 RANKS, WINDOWS = 2, 8
@@ -50,10 +51,8 @@ def project_of(manifest: str, parallel: str, tied: bool) -> Project:
 def gradients(project: Project, world: World) -> dict[str, Any]:
     """Of the first step, whole, by name; and this rank's labels."""
     run = Run(project, {}, world)
-    position = {"step": 0, "seconds": 0.0, "settings": "", "sampler": run.sampler.state_dict()}
-    from ddk_pipe.stages.distill import Position
-
-    data = next(run._steps_of_windows(Position(**position, weights=[0.5, 0.5], shares=[0.5, 0.5])))  # type: ignore[arg-type]
+    position = Position(0, 0.0, [0.5, 0.5], [0.5, 0.5], run.sampler.state_dict(), "")
+    data = next(run._steps_of_windows(position))
     labels = [int((window.labels != NO_LABEL).sum()) for window in data.windows]
     total = float(sum(sum(own) for own in world.gather(labels)))
     sums = world.sum(run.stepper._backward(0, data.windows, total, 0.2))
@@ -90,8 +89,6 @@ def run_rank(manifest: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> dict[str, Any]:
-    from tiny import write_project
-
     folder = tmp_path_factory.mktemp("ranks")
     chats = [
         {
@@ -133,8 +130,6 @@ def test_gradients_of_the_loop_are_those_of_one_process(case: str, outcomes: dic
 
 
 def test_windows_that_do_not_divide_are_refused(make_project: MakeProject) -> None:
-    from ddk_pipe.pipeline.errors import DdkError
-
     project = load_project(make_project(), ["distill.batch_tokens=96"])
     with pytest.raises(
         DdkError, match="3 windows a step do not divide among 2 processes; set batch_tokens to a"

@@ -245,6 +245,30 @@ def sweep(
 
 @app.command()
 @friendly
+def report(
+    place: Annotated[Path, typer.Argument(help="the folder of a run or of a sweep")],
+    kind: Annotated[
+        str, typer.Option("--format", help="html, or png or svg: every picture as a file")
+    ] = "html",
+    out: Annotated[
+        Path | None, typer.Option(help="the page, or the folder of the pictures; in PLACE if left out")
+    ] = None,
+) -> None:
+    """Show a run or a sweep: text here, and one self-contained HTML page. Also while it is unfinished.
+
+    \b
+    Example:
+      ddk-pipe report out/distill/student
+      ddk-pipe report out/sweeps/sweep
+      ddk-pipe report out/sweeps/sweep --format png --out pictures
+    """
+    from ddk_pipe.stages.report import report as run
+
+    run(place, kind=kind, out=out)
+
+
+@app.command()
+@friendly
 def inspect(
     place: Annotated[str, typer.Argument(help="a folder that ddk-pipe wrote, or the URL of a cache")],
 ) -> None:

@@ -19,6 +19,7 @@ matplotlib.use("svg")  # no window, whatever the user's settings
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ddk_pipe.stages.report_data import Group, Report, perplexity
 from ddk_pipe.stages.run_record import RunRecord
@@ -130,12 +131,14 @@ def _panel(height: float = 3.1) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    """Below the panel, in two columns where the names are short."""
     handles, labels = axes.get_legend_handles_labels()
     if count > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        columns = 2 if max(map(len, labels)) <= 16 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def short(name: str, most: int = 26) -> str:
+def short(name: str, most: int = 34) -> str:
     """A long name's beginning and end."""
     return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
 
@@ -172,7 +175,10 @@ def _perplexities(run: RunRecord) -> Picture:
         bars = axes.barh(places, [value(name) for name in last], 0.24, label=label, color=COLOURS[index])
         for number, bar in enumerate(bars):
             bar.set_gid(f"mark-{index}-{number}")
-    axes.set(xscale="log", xlabel="perplexity on validation windows (log scale)")
+    axes.set(xscale="log", xlabel="perplexity (log scale)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axes.xaxis.set_major_formatter("{x:g}")  # the usual one writes mathematics
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(rows, [short(name, 18) for name in last])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
@@ -198,7 +204,7 @@ def _gaps(run: RunRecord) -> Picture:
     lines = _by_domain(run, "gap")
     for index, (domain, points) in enumerate(lines.items()):
         axes.plot(*thinned(points), label=short(domain), marker=_dots(points), **_style(index))
-    axes.set(xlabel="step", ylabel="student less teacher, nats/token")
+    axes.set(xlabel="step", ylabel="gap, nats/token")
     _legend(figure, axes, len(lines))
     words = "; ".join(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for name, points in lines.items())
     return Picture("gaps", "Validation gap to the teacher", f"Nats per token, first to last. {words}", figure)
@@ -240,12 +246,14 @@ def _ranking(groups: list[Group], all_groups: int) -> Picture:
         seeds = list(group.by_seed.values())
         axes.plot(seeds, [place] * len(seeds), "o", color=colour, alpha=0.35, gid=f"mark-seeds-{place}")
         axes.errorbar(group.gap, place, xerr=group.gap_error, fmt="D", color=colour, capsize=4)
-    axes.set_yticks(range(len(groups)), [short(group.name, 30) for group in groups])
+    axes.set_yticks(range(len(groups)), [short(group.name, 22) for group in groups])
     axes.invert_yaxis()
-    axes.set(xlabel="mean validation gap, nats/token (less is better)")
+    axes.set(xlabel="mean gap, nats/token")
     more = f" The best {len(groups)} of {all_groups} are shown." if all_groups > len(groups) else ""
     words = "; ".join(f"{group.name}: {group.gap:.4f}" for group in groups)
-    return Picture("ranking", "Ranking", f"Diamonds are means, dots are seeds.{more} {words}", figure)
+    return Picture(
+        "ranking", "Ranking", f"Less is better. Diamonds are means, dots are seeds.{more} {words}", figure
+    )
 
 
 def _domain_of_groups(groups: list[Group], domain: str, number: int) -> Picture:

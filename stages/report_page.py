@@ -68,7 +68,7 @@ def _states(report: Report) -> list[str]:
             f"Unfinished: {len(unfinished)} runs are under way or were stopped, {report.pending} have not begun."
         )
     if failed:
-        lines.append(f"{len(failed)} runs failed; see “Every run” for the reasons.")
+        lines.append(f"{len(failed)} of {len(report.runs)} runs failed; see “Every run” for the reasons.")
     return lines
 
 

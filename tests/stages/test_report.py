@@ -150,7 +150,9 @@ def test_unfinished_failed_and_pending(tmp_path: Path) -> None:
     (sweep / "runs").mkdir()
     (sweep / "runs/run1-s0.json").write_text(json.dumps({"status": "failed", "error": f"{EVIL} broke"}))
     text = report(sweep)[0].read_text()
-    assert "1 have not begun" in text and "1 runs failed" in text and "broke" in text and EVIL not in text
+    assert (
+        "1 have not begun" in text and "1 of 3 runs failed" in text and "broke" in text and EVIL not in text
+    )
 
 
 def test_pictures_as_files(tmp_path: Path) -> None:
@@ -230,6 +232,7 @@ def test_page_in_chromium(
     smallest = page.evaluate(SMALLEST_TEXT)
     assert smallest >= 9, f"text of {smallest} px in a picture"
     assert page.evaluate(CONTRAST) >= 4.5
+    assert page.evaluate(CUT_OFF) == []
     focused = walk(page)
     assert focused[0].startswith("A#main") and any(name.startswith("DIV") for name in focused)
     if kind == "sweep":
@@ -260,6 +263,10 @@ MARKS = """figure => [...figure.querySelectorAll('g[id*="mark-"]')].map(mark => 
     const box = mark.getBoundingClientRect(); return Math.max(box.width, box.height); })"""
 SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll('figure svg text')].map(text => {
     const scale = text.getScreenCTM(); return parseFloat(getComputedStyle(text).fontSize) * Math.abs(scale.a || scale.b); }))"""
+CUT_OFF = """() => [...document.querySelectorAll('figure svg text')].filter(text => {
+    const box = text.getBoundingClientRect(), all = text.ownerSVGElement.getBoundingClientRect();
+    return box.left < all.left - 1 || box.right > all.right + 1 || box.top < all.top - 1 || box.bottom > all.bottom + 1;
+    }).map(text => text.textContent)"""
 CONTRAST = """() => {
     const light = colour => { const part = colour.match(/[0-9.]+/g).slice(0, 3).map(v => { v /= 255;
         return v <= 0.03928 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4); });

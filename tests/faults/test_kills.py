@@ -148,9 +148,10 @@ def test_the_real_command_killed_and_stopped(tiny_teacher: Path, tmp_path: Path)
 
     Wherever it dies: what was committed stays, and in the end the cache equals the undisturbed run's.
     """
-    calm = project_in(tmp_path / "calm", tiny_teacher)
-    began = time.monotonic()
-    assert blow(calm, signal.SIGKILL, after=120) == 0
+    for name in ("cold", "calm"):  # the first run in a new process server is slow
+        calm = project_in(tmp_path / name, tiny_teacher)
+        began = time.monotonic()
+        assert blow(calm, signal.SIGKILL, after=120) == 0
     usual = time.monotonic() - began
     judge = Judge(cache_of(calm))
     rng = random.Random(5)
@@ -162,7 +163,7 @@ def test_the_real_command_killed_and_stopped(tiny_teacher: Path, tmp_path: Path)
         before, status = 0, 1
         while status:
             number = (signal.SIGKILL, signal.SIGTERM)[len(blows) % 2]
-            status = blow(manifest, number, after=rng.uniform(0.2, 0.8) * usual)
+            status = blow(manifest, number, after=rng.uniform(0.2, 0.9) * usual)
             if status:
                 assert status in (-number, 128 + number), "ended by the signal, not by a failure"
                 blows.append(status)
@@ -177,7 +178,7 @@ def test_the_real_command_killed_and_stopped(tiny_teacher: Path, tmp_path: Path)
 
 def project_in(folder: Path, teacher: Path) -> Path:
     folder.mkdir()
-    return write_project(folder, teacher, cache={"shard_windows": 8})
+    return write_project(folder, teacher, cache={"shard_windows": 16})
 
 
 def cache_of(manifest: Path) -> LocalFolder:

@@ -52,7 +52,7 @@ from ddk_pipe.pipeline.cache_spec import (
     split_size,
     uncommitted,
 )
-from ddk_pipe.pipeline.cache_writer import CacheWriter
+from ddk_pipe.pipeline.cache_writer import CacheWriter, planned
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.tokens import SPLITS
@@ -72,6 +72,7 @@ __all__ = [
     "check_shard",
     "committed",
     "group_of",
+    "planned",
     "ranks_digest",
     "read_ranks",
     "read_record",

@@ -70,11 +70,7 @@ class CacheWriter:
         self._codecs = Codecs(folder, self.spec)
 
     def _open(self, spec: CacheSpec) -> CacheSpec:
-        if count_shards(spec) > MOST_SHARDS:
-            raise DdkError(
-                f"{self.folder.name}: {count_shards(spec):,} shards, at most {MOST_SHARDS:,} can be",
-                hint="raise cache.shard_windows",
-            )
+        check_shards(self.folder, spec)
         if not self.folder.exists("cache.json"):
             with suppress(FileExistsError):  # somebody was faster: then theirs is the cache
                 self.folder.create("cache.json", spec.to_json())
@@ -232,6 +228,21 @@ class CacheWriter:
         names = self.folder.names(f"{shard.name}.")
         groups = {"/".join(name.split("/")[:3]) for name in names}
         return sorted(group for group in groups if GROUP.fullmatch(group.rpartition("/")[2]))
+
+
+def check_shards(folder: Folder, spec: CacheSpec) -> None:
+    """Raises DdkError for more shards than a cache may have."""
+    if count_shards(spec) > MOST_SHARDS:
+        raise DdkError(
+            f"{folder.name}: {count_shards(spec):,} shards, at most {MOST_SHARDS:,} can be",
+            hint="raise cache.shard_windows",
+        )
+
+
+def planned(folder: Folder, spec: CacheSpec) -> CacheSpec:
+    """What a CacheWriter's spec would be, writing nothing; raises DdkError for what it would refuse."""
+    check_shards(folder, spec)
+    return _merged(folder, read_spec(folder), spec) if folder.exists("cache.json") else spec
 
 
 def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:

@@ -18,7 +18,7 @@ from ddk_pipe.pipeline.cache import (
     Shard,
     all_shards,
     committed,
-    read_spec,
+    planned,
     split_size,
     uncommitted,
 )
@@ -94,10 +94,8 @@ def cache_teacher(project: Project, request: Request | None = None) -> Outcome:
     project = only_domains(project, request.domains)
     job = plan_job(project)
     shards = all_shards(job.spec)
-    if request.dry_run:
-        _check_same(project.cache, job.spec)
-    else:
-        job = replace(job, spec=_settled(project.cache, job.spec))
+    settle = planned if request.dry_run else _settled
+    job = replace(job, spec=settle(project.cache, job.spec))
     pending = uncommitted(project.cache, shards)
     expected = expected_bytes(job.spec, pending[: request.limit])
     if request.dry_run:
@@ -162,19 +160,6 @@ def expected_bytes(spec: CacheSpec, shards: list[Shard]) -> int:
 def _settled(cache: Folder, spec: CacheSpec) -> CacheSpec:
     """Create or extend cache.json; the spec with what is there merged in. Raises DdkError for another cache."""
     return CacheWriter(cache, spec).spec
-
-
-def _check_same(cache: Folder, spec: CacheSpec) -> None:
-    """Raises DdkError if a cache with other settings is there. Writes nothing."""
-    if not cache.exists("cache.json"):
-        return
-    there, here = read_spec(cache).identity(), spec.identity()
-    differ = [name for name in here if there[name] != here[name]]
-    if differ:
-        raise DdkError(
-            f"{cache.name}: made with other settings ({', '.join(differ)})",
-            hint="set cache.path to a new folder, or restore the old settings",
-        )
 
 
 def _dry_run(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.stages.progress import say
 from ddk_pipe.stages.teachers.protocol import Teacher, Window
 
 __all__ = ["Teacher", "Window", "choose_backend", "open_teacher"]
@@ -31,11 +32,28 @@ def open_teacher(
     """Load the model in `folder` with the chosen engine.
 
     `vocab_size`: the tokenizer's ids. What the output layer has beyond them is padding, cut off before the softmax.
+    Where nobody asked for vLLM by name and our hook does not fit the one installed, transformers does the work.
     """
-    if backend == "vllm":
+    if backend == "vllm" and _fits(teacher):
         from ddk_pipe.stages.teachers.vllm import VllmTeacher
 
         return VllmTeacher(folder, teacher, seq_len=seq_len, vocab_size=vocab_size)
     from ddk_pipe.stages.teachers.hf import HfTeacher
 
     return HfTeacher(folder, teacher, vocab_size=vocab_size)
+
+
+def _fits(teacher: manifest.Teacher) -> bool:
+    """True if vLLM can serve; raises DdkError if it cannot and the manifest names it."""
+    from ddk_pipe.stages.teachers.vllm import check_engine
+
+    if teacher.vllm.capture == "prompt_logprobs":  # vLLM's public interface: no hook
+        return True
+    try:
+        check_engine()
+    except DdkError as problem:
+        if teacher.backend != "auto":
+            raise
+        say(f"cache-teacher: {problem.message}; transformers (backend hf) does it, slower")
+        return False
+    return True

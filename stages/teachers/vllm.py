@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -18,9 +19,15 @@ from ddk_pipe.pipeline.models import read_config, text_config
 from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets
 from ddk_pipe.stages.runtime import pick_device, pick_dtype
+from ddk_pipe.stages.teachers import vllm_worker
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.vllm_worker import unpack
 
+OLDEST = (0, 24)  # both runners have had the same two methods since (facts of their sources, up to 0.33)
+RUNNERS = {
+    "v1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "v2": ("vllm.v1.worker.gpu.sample.prompt_logprob", "PromptLogprobsWorker"),
+}
 EXTENSION = "ddk_pipe.stages.teachers.vllm_worker.SelectionExtension"
 
 
@@ -35,11 +42,7 @@ class VllmTeacher:
     ) -> None:
         device = torch.device(pick_device(options.device))
         set_environment(device, options)
-        keep_our_name_from_vllm()
-        with warnings.catch_warnings():  # deprecations inside vLLM's own imports
-            warnings.simplefilter("ignore")
-            import vllm
-
+        vllm = import_vllm()
         config = text_config(
             read_config(folder, field="teacher.model", trust_remote_code=options.trust_remote_code)
         )
@@ -171,6 +174,42 @@ def _from_flat(flat: Any, window: Window, k: int, floor: float) -> Selected:
             ),
         ),
     )
+
+
+def import_vllm() -> Any:
+    """The package, with nothing of ours under a name that it looks for."""
+    keep_our_name_from_vllm()
+    with warnings.catch_warnings():  # deprecations inside vLLM's own imports
+        warnings.simplefilter("ignore")
+        import vllm
+
+    return vllm
+
+
+def check_engine() -> None:
+    """Before anything is loaded: raises DdkError if this vLLM is too old, or has no model runner our hook fits.
+
+    Which runner it will use is known only once the engine is up: the hook looks again when it is installed.
+    """
+    version = import_vllm().__version__
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
+        raise DdkError(
+            f"vLLM {version} is too old, at least {'.'.join(map(str, OLDEST))} is needed",
+            hint="pip install --upgrade 'ddk-pipe[vllm]', or set teacher.backend: hf",
+        )
+    found = {name: vllm_worker.arguments_of(_class(*where)) for name, where in RUNNERS.items()}
+    if all(found[name] != known for name, known in vllm_worker.known_arguments().items()):
+        raise DdkError(
+            f"vLLM {version}: the worker hook does not fit ({found})",
+            hint="use backend: hf, or vllm.capture: prompt_logprobs (topk and threshold only)",
+        )
+
+
+def _class(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:  # of what only another platform has
+        return None
 
 
 def check_capture(options: manifest.Teacher, plan: Plan) -> None:

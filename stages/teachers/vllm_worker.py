@@ -37,6 +37,17 @@ V2_ARGUMENTS = [
 ]
 
 
+def known_arguments() -> dict[str, list[str]]:
+    """What each runner's method must take for our replacement to fit."""
+    return {"v1": V1_ARGUMENTS, "v2": V2_ARGUMENTS}
+
+
+def arguments_of(owner: Any) -> list[str] | None:
+    """Arguments of the method that is replaced in a runner's class, None where there is none."""
+    method = getattr(owner, V1_METHOD, None) or getattr(owner, V2_METHOD, None)
+    return list(inspect.signature(method).parameters)[1:] if method else None
+
+
 def pack(selected: Selected) -> Packed:
     """A selection as plain arrays."""
     tensors = [selected.label_logprobs]

@@ -112,7 +112,7 @@ def test_dry_run_writes_nothing_and_loads_no_teacher(
 
 def test_dry_run_sees_a_cache_of_other_settings(cached: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in cached.parent.rglob("*")}
-    with pytest.raises(DdkError, match=r"made with other settings \(selection\)"):
+    with pytest.raises(DdkError, match=r"made with another selection \(tau 0\.02 there, 0\.1 here\)"):
         cache_teacher(load_project(cached, ["cache.tau=0.1"]), Request(dry_run=True))
     assert before == {path: path.stat().st_mtime_ns for path in cached.parent.rglob("*")}
     cache_teacher(load_project(cached), Request(dry_run=True))

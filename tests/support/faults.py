@@ -59,12 +59,18 @@ def small_spec(**changes: Any) -> CacheSpec:
 
 # --- processes ------------------------------------------------------------------------------------
 
-_context = multiprocessing.get_context("forkserver")  # torch and zarr are imported once, not in every process
+# Imported once, not in every process. transformers imports a model's code when it is first asked for, in seconds.
+_context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "ddk_pipe.pipeline.cache_verify",
+        "ddk_pipe.stages.cli",
         "ddk_pipe.stages.cache_teacher",
         "ddk_pipe.stages.teachers.hf",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.generation.utils",
         "zarr",
         "pytest",
     ]

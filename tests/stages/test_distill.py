@@ -91,9 +91,12 @@ def test_one_domain_is_enough(make_project: MakeProject) -> None:
 
 
 def test_online_needs_no_cache_and_is_near_offline_training(make_project: MakeProject, cached: Path) -> None:
-    """Same student, windows and steps; pps targets are unbiased, so the runs are close but not equal."""
-    offline, _ = run(cached, "distill.steps=12", "distill.interval_steps=6", "distill.gamma=1.0")
-    sets = ["distill.steps=12", "distill.interval_steps=6", "distill.gamma=1.0", "distill.targets=online"]
+    """Same student, windows and steps; pps targets are unbiased, so the runs are close but not equal.
+
+    This teacher of random weights knows nothing of the text, so only a large gamma lets its KL fall.
+    """
+    offline, _ = run(cached, "distill.steps=12", "distill.interval_steps=6", "distill.gamma=50")
+    sets = ["distill.steps=12", "distill.interval_steps=6", "distill.gamma=50", "distill.targets=online"]
     online, folder = run(cached, *sets, "distill.name=online", "cache.path=nowhere")
     assert not (cached.parent / "nowhere").exists()
     rows = {
@@ -140,7 +143,13 @@ def test_compiled_layers_train_the_same(cached: Path) -> None:
     """torch.compile needs a C++ compiler on a CPU."""
     losses = []
     for name, on in (("a", "false"), ("b", "true")):
-        _, folder = run(cached, f"distill.compile={on}", f"distill.name={name}", "distill.steps=2")
+        _, folder = run(
+            cached,
+            f"distill.compile={on}",
+            f"distill.name={name}",
+            "distill.steps=1",
+            "student.keep_layers=[0]",
+        )
         losses.append([row["loss"] for row in read_rows(folder, "steps")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

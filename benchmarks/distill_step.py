@@ -11,7 +11,7 @@ clip, AdamW.
 
 Goals: ours <= 0.95 x ce_only; the dearer online step's cheaper form >= 2.6 x ours; waiting for data < 2% of ours.
 
-    python benchmarks/distill_step.py --teacher FOLDER [--rounds 7] [--tokens 2048] [--json OUT]
+    PYTHONPATH=benchmarks python benchmarks/distill_step.py --teacher FOLDER [--rounds 7] [--tokens 2048] [--json OUT]
 
 Peak memory is taken in a process of its own per variant.
 """
@@ -57,7 +57,7 @@ def make_project(folder: Path, teacher: Path, tokens: int, layers: int) -> Path:
         },
         "teacher": {"model": str(teacher), "backend": "hf"},
         "seq_len": SEQ_LEN,
-        "prepare": {"max_train_windows": 24, "max_validation_windows": 2, "validation_fraction": 0.2},
+        "prepare": {"max_train_windows": 12, "max_validation_windows": 1, "validation_fraction": 0.2},
         "cache": {"shard_windows": 8},
         "student": {"keep_layers": kept},
         "distill": {

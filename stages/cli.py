@@ -185,14 +185,29 @@ def cache_teacher(
 
 @app.command()
 @friendly
-def distill(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides = None) -> None:
+def distill(
+    manifest: ManifestArgument = DEFAULT_MANIFEST,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the manifest and say what would be done; loads nothing")
+    ] = False,
+) -> None:
     """Train a student from the cache; the teacher is not needed any more. Continues where it stopped.
 
     \b
     Example:
       ddk-pipe distill manifest.yaml
+      ddk-pipe distill manifest.yaml --dry-run
+      torchrun --nproc-per-node 8 --no-python ddk-pipe distill manifest.yaml --set distill.parallel=fsdp
       ddk-pipe distill manifest.yaml --set distill.name=uniform --set distill.mixing=uniform
     """
+    if dry_run:
+        from ddk_pipe.pipeline.manifest import load_project
+        from ddk_pipe.stages.training.dry_run import describe
+
+        for line in describe(load_project(manifest, overrides)):
+            typer.echo(f"distill: {line}")
+        return
     project = _project(manifest, overrides)
     from ddk_pipe.stages.distill import distill as run
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline import measures
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Distill, Project
+from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.training.sources import Source, sparse_batch, teacher_ce
+from ddk_pipe.stages.training.validation_size import windows_per_domain
 from ddk_pipe.stages.training.world import Wrapped
 
 FloatArray = NDArray[np.float64]
@@ -89,15 +90,6 @@ class Validation:
                     temperature=self.options.temperature,
                 )
         return total.cpu().numpy()
-
-
-def windows_per_domain(options: Distill, seq_len: int, domains: int) -> int:
-    """Validation windows of each domain: validation_windows, or fewer where validation_budget says so, at least 1."""
-    if options.validation_budget is None:
-        return options.validation_windows
-    trained = options.interval_steps * options.batch_tokens
-    affordable = int(options.validation_budget * trained / (seq_len * domains))
-    return max(1, min(options.validation_windows, affordable))
 
 
 def _silent(window: CachedWindow) -> CachedWindow:

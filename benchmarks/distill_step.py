@@ -1,0 +1,232 @@
+"""A whole distillation step against the same student's cross-entropy step and against online distillation.
+
+Four variants of one student (SmolLM2-135M from `ddk-pipe demo`'s material as the teacher, without some of its
+layers as the student), on the same windows, in turn, each a whole step: read or make targets, forward, backward,
+clip, AdamW.
+
+    ours          ddk-pipe's loop from a cache (pps, tau 0.02)
+    ce_only       transformers' own step: model(input_ids, labels).loss, the same AdamW and clipping
+    online_dense  ddk-pipe's loop with the teacher in memory and its whole distribution (distill.targets: online)
+    online_hf     the usual way: both models' logits whole, torch's kl_div beside transformers' loss
+
+Goals: ours <= 0.95 x ce_only; the dearer online step's cheaper form >= 2.6 x ours; waiting for data < 2% of ours.
+
+    PYTHONPATH=benchmarks python benchmarks/distill_step.py --teacher FOLDER [--rounds 7] [--tokens 2048] [--json OUT]
+
+Peak memory is taken in a process of its own per variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Row, fresh_process, goal, peak_growth, report, spread
+
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.stages.distill import Run
+from ddk_pipe.stages.runtime import prepare_cpu
+
+VARIANTS = ("ours", "ce_only", "online_dense", "online_hf")
+KEPT_LAYERS = 15  # of 30: half the teacher, as the paper's students are a fraction of theirs
+SEQ_LEN = 512
+GAMMA = 1.0
+
+
+def make_project(folder: Path, teacher: Path, tokens: int, layers: int) -> Path:
+    """A manifest over the demo's text, and its cache."""
+    from ddk_pipe.stages.cache_teacher import cache_teacher
+    from ddk_pipe.stages.demo_material import write_texts
+
+    write_texts(folder / "text")
+    kept = [round(index * 29 / (layers - 1)) for index in range(layers)]
+    manifest = {
+        "output": "out",
+        "domains": {
+            name: {"train": f"text/{name}.jsonl"} for name in ("python_code", "documentation", "plays")
+        },
+        "teacher": {"model": str(teacher), "backend": "hf"},
+        "seq_len": SEQ_LEN,
+        "prepare": {"max_train_windows": 12, "max_validation_windows": 1, "validation_fraction": 0.2},
+        "cache": {"shard_windows": 8},
+        "student": {"keep_layers": kept},
+        "distill": {
+            "steps": 1000,
+            "interval_steps": 1000,
+            "batch_tokens": tokens,
+            "micro_batch_windows": max(1, tokens // SEQ_LEN),
+            "validation_windows": 1,
+            "gamma": GAMMA,
+        },
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(json.dumps(manifest))
+    cache_teacher(load_project(path))
+    return path
+
+
+class Steps:
+    """One variant's steps; each call of `step` trains on the next windows of the same order."""
+
+    def __init__(self, manifest: Path, variant: str) -> None:
+        targets = "online" if variant == "online_dense" else "cache"
+        self.project: Project = load_project(
+            manifest, [f"distill.targets={targets}", f"distill.name={variant}"]
+        )
+        self.run, self.variant = Run(self.project, {}), variant
+        shares = [1 / len(self.run.domains)] * len(self.run.domains)
+        from ddk_pipe.stages.distill import Position
+
+        self.position = Position(0, 0.0, shares, shares, self.run.sampler.state_dict(), "")
+        self.data = self.run._steps_of_windows(self.position)
+        self.teacher = _hf_teacher(self.project) if variant == "online_hf" else None
+        self.waited = 0.0
+
+    def step(self) -> None:
+        """One step, its data included."""
+        data = next(self.data)
+        self.waited += data.waited_seconds
+        if self.variant in ("ours", "online_dense"):
+            self.run.stepper.step(self.position.step, data.windows, data.names)
+        else:
+            self._transformers_step(data.windows)
+
+    def _transformers_step(self, windows: list[Any]) -> None:
+        tokens = torch.stack([torch.from_numpy(window.tokens) for window in windows])
+        labels = torch.stack([torch.from_numpy(window.labels) for window in windows])
+        # transformers shifts by itself: the label of position t is token t + 1
+        shifted = torch.full_like(labels, NO_LABEL)
+        shifted[:, 1:] = labels[:, :-1]
+        lm, optimizer = self.run.student.lm.train(), self.run.optimizer
+        found = lm(input_ids=tokens, labels=shifted, use_cache=False)
+        loss = found.loss
+        if self.teacher is not None:
+            loss = loss + GAMMA * self._kl(found.logits, tokens, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _kl(self, logits: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
+        live = labels != NO_LABEL
+        q = logits.log_softmax(-1)[live]
+        kl = torch.nn.functional.kl_div(q, wanted[live], reduction="sum", log_target=True)
+        return kl / live.sum()
+
+
+def _hf_teacher(project: Project) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(project.teacher_model, dtype=torch.float32).eval()
+
+
+def timed(call: Callable[[], None]) -> tuple[float, float]:
+    """Wall and process-CPU seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(manifest: Path, rounds: int) -> tuple[list[Row], list[Row]]:
+    """Alternating steps of all variants; rows and goals."""
+    variants = {name: Steps(manifest, name) for name in VARIANTS}
+    for steps in variants.values():
+        steps.step()  # warm-up
+        steps.waited = 0.0
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    for _ in range(rounds):
+        for name, steps in variants.items():
+            taken[name].append(timed(steps.step))
+    median = {name: statistics.median(wall for wall, _ in pairs) for name, pairs in taken.items()}
+    rows: list[Row] = []
+    for name, pairs in taken.items():
+        wall, cpu = zip(*pairs, strict=True)
+        memory = fresh_process(__file__, "--memory-of", name, "--manifest", str(manifest))
+        rows.append(
+            {
+                "variant": name,
+                **{f"wall_seconds_{key}": value for key, value in spread(list(wall)).items()},
+                **{f"cpu_seconds_{key}": value for key, value in spread(list(cpu)).items()},
+                "relative_to_ce_only": median[name] / median["ce_only"],
+                "data_wait_share": variants[name].waited / sum(wall),
+                "peak_growth_bytes_of_a_step": memory,
+            }
+        )
+    ours = rows[0]
+    online = min(median["online_dense"], median["online_hf"]) / median["ours"]
+    goals = [
+        goal(
+            "whole step / cross-entropy step",
+            "<= 0.95",
+            ours["relative_to_ce_only"],
+            ours["relative_to_ce_only"] <= 0.95,
+        ),
+        goal("online step (the cheaper form) / our step", ">= 2.6", online, online >= 2.6),
+        goal(
+            "waiting for data / our step", "< 0.02", ours["data_wait_share"], ours["data_wait_share"] < 0.02
+        ),
+    ]
+    return rows, goals
+
+
+def memory_of(manifest: Path, variant: str) -> int:
+    """Bytes by which one step, its optimizer state there already, exceeds what the loaded models take."""
+    steps = Steps(manifest, variant)
+    steps.step()
+    return peak_growth(steps.step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M; made if left out")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2048, help="of one step")
+    parser.add_argument("--layers", type=int, default=KEPT_LAYERS, help="of the student")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", choices=VARIANTS, help="used by the program itself")
+    parser.add_argument("--manifest", type=Path, help="used by the program itself")
+    args = parser.parse_args()
+    prepare_cpu()
+    if args.memory_of:
+        print(memory_of(args.manifest, args.memory_of))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="distill-step-"))
+    try:
+        teacher = args.teacher
+        if teacher is None:
+            from ddk_pipe.stages.demo_material import write_teacher
+
+            teacher = folder / "teacher"
+            write_teacher(teacher)
+        manifest = make_project(folder, teacher.resolve(), args.tokens, args.layers)
+        rows, goals = measure(manifest, args.rounds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(
+        rows,
+        goals,
+        args.json,
+        command=" ".join(["python", "benchmarks/distill_step.py", *sys.argv[1:]]),
+        student_layers=args.layers,
+        tokens_per_step=args.tokens,
+        seq_len=SEQ_LEN,
+    )
+
+
+if __name__ == "__main__":
+    main()

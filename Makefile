@@ -55,6 +55,7 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md
+	$(BIN)/python -P -m ddk_pipe.stages.cli_reference > docs/cli.md
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove what the targets above made

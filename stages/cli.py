@@ -335,8 +335,9 @@ def export(
       ddk-pipe export out/distill/student --to my-student --license mit --push me/my-student
     """
     _prepare_machine()
-    from ddk_pipe.stages.export import CardOptions, Target
+    from ddk_pipe.stages.export import Target
     from ddk_pipe.stages.export import export as write
+    from ddk_pipe.stages.model_card import CardOptions
 
     options = CardOptions(name, licence, tuple(language or ()), data, teacher_licence)
     write(run, Target(to, dtype, push, public), options)

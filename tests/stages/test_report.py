@@ -44,7 +44,7 @@ def write_run(
             row = {"step": step, "domain": domain, "student_ce": 2 + ours, "teacher_ce": 2.0, "gap": ours}
             record.add("validation", {**row, "weight": 1 / len(domains)})
     record.publish()
-    summary = {
+    summary: dict[str, Any] = {
         "settings": "5e77",
         "steps": steps,
         "tokens": 64 * steps,

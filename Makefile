@@ -52,6 +52,7 @@ lint: setup ## ruff, mypy, import-linter
 bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md

@@ -246,7 +246,7 @@ def sweep(
 @app.command()
 @friendly
 def report(
-    place: Annotated[Path, typer.Argument(help="the folder of a run or of a sweep")],
+    place: Annotated[Path, typer.Argument(help="the folder of a run or of a sweep, or the sweep file")],
     kind: Annotated[
         str, typer.Option("--format", help="html, or png or svg: every picture as a file")
     ] = "html",
@@ -259,7 +259,7 @@ def report(
     \b
     Example:
       ddk-pipe report out/distill/student
-      ddk-pipe report out/sweeps/sweep
+      ddk-pipe report sweep.yaml
       ddk-pipe report out/sweeps/sweep --format png --out pictures
     """
     from ddk_pipe.stages.report import report as run

@@ -42,8 +42,8 @@ def write_run(
     for step in range(0, steps + 1, 5):
         for place, domain in enumerate(domains):
             ours = gap + place / 10 + seed / 100 + (steps - step) / steps
-            row = {"step": step, "domain": domain, "student_ce": 2 + ours, "teacher_ce": 2.0, "gap": ours}
-            record.add("validation", {**row, "weight": 1 / len(domains)})
+            values = {"student_ce": 2 + ours, "teacher_ce": 2.0, "gap": ours, "weight": 1 / len(domains)}
+            record.add("validation", {"step": step, "domain": domain, **values})
     record.publish()
     summary: dict[str, Any] = {
         "settings": "5e77",

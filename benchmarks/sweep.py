@@ -1,6 +1,7 @@
 """What the second student costs: four students from one cache, against four that run the teacher beside them.
 
-    PYTHONPATH=benchmarks python benchmarks/sweep.py [--json OUT] [--teacher FOLDER] [--steps 30] [--work DIR]
+    PYTHONPATH=benchmarks python benchmarks/sweep.py [--json OUT] [--teacher FOLDER] [--steps 30] [--windows 32]
+        [--work DIR]
 
 Two mixing rules times two seeds, the same students, steps and batches on both sides: `ddk-pipe sweep` over a cache, and the
 same sweep file with `distill.targets: online` (a dense teacher in memory). Every run is a command of its own, offline and online in
@@ -43,11 +44,12 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="write the result there")
     options.add_argument("--teacher", type=Path, default=TEACHER, help="SmolLM2-135M; made if it is missing")
     options.add_argument("--steps", type=int, default=30)
+    options.add_argument("--windows", type=int, default=32, help="training windows per domain")
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks" / "sweep")
     given = options.parse_args()
     if not given.teacher.is_dir():
         demo_material.write_teacher(given.teacher)
-    manifest = write_project(given.work, given.teacher, given.steps)
+    manifest = write_project(given.work, given.teacher, given.steps, given.windows)
     run("prepare", manifest)
     cache = run("cache-teacher", manifest)
     costs: dict[str, list[Row]] = {side: [] for side in SIDES}
@@ -57,10 +59,16 @@ def main() -> None:
                 file = write_sweep(given.work, side, rule, seed)
                 costs[side].append({"rule": rule, "seed": seed, **run("sweep", file), **result(file)})
                 shutil.rmtree(given.work / "out" / "distill")  # the next one finds nothing
-    report(*summarise(cache, costs), given.json, steps=given.steps, students=len(costs["offline"]))
+    report(
+        *summarise(cache, costs),
+        given.json,
+        steps=given.steps,
+        windows=given.windows,
+        students=len(costs["offline"]),
+    )
 
 
-def write_project(work: Path, teacher: Path, steps: int) -> Path:
+def write_project(work: Path, teacher: Path, steps: int, windows: int) -> Path:
     """Text, manifest and nothing else: what an earlier call made is removed."""
     shutil.rmtree(work / "out", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,7 @@ def write_project(work: Path, teacher: Path, steps: int) -> Path:
     values = {
         "domains": {name: {"train": f"text/{name}.jsonl"} for name in DOMAINS},
         "seq_len": 256,
-        "prepare": {"validation_fraction": 0.2, "max_validation_windows": 6, "max_train_windows": 32},
+        "prepare": {"validation_fraction": 0.2, "max_validation_windows": 2, "max_train_windows": windows},
         "teacher": {"model": str(teacher.absolute()), "backend": "hf"},
         "student": {"keep_layers": [0, 1, 2, 27, 28, 29]},
         "distill": {

@@ -52,9 +52,11 @@ lint: setup ## ruff, mypy, import-linter
 bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md
+	$(BIN)/python -P -m ddk_pipe.stages.cli_reference > docs/cli.md
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove what the targets above made

@@ -22,6 +22,7 @@ def report(place: Path, *, kind: str = "html", out: Path | None = None) -> list[
         raise DdkError(f"--format {kind}: unknown", hint=f"use one of {', '.join(FORMATS)}")
     found = load_report(place)
     show(found)
+    place = found.folder
     from ddk_pipe.stages.report_figures import pictures
 
     drawn = list(pictures(found))

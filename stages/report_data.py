@@ -13,6 +13,7 @@ from typing import Any
 from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.pipeline.sweep_spec import load_sweep
 from ddk_pipe.stages.run_record import RunRecord, is_run, load_run
 from ddk_pipe.stages.sweep_record import read_record
 from ddk_pipe.stages.sweep_table import note_of, read_note
@@ -65,7 +66,11 @@ class Report:
 
 
 def load_report(place: Path) -> Report:
-    """The report of a run's folder or a sweep's; raises DdkError for anything else."""
+    """The report of a run's folder, a sweep's, or a sweep's file; raises DdkError for anything else."""
+    if place.is_file():
+        sweep = load_sweep(place)
+        place = sweep.expand()[0].project(sweep.manifest).output / "sweeps" / sweep.name
+        return _of_sweep(place)
     if (place / "sweep.json").is_file():
         return _of_sweep(place)
     if is_run(place):

@@ -38,7 +38,8 @@ COLOURS = (  # after Okabe and Ito: told apart by the colour-blind, and on white
 )
 DASHES = ("-", "--", ":", "-.")
 MOST_POINTS = 300  # of a line: more cannot be seen
-MOST_GROUPS = 20  # of a sweep, in one picture
+MOST_GROUPS = 20  # of a sweep, in its ranking
+MOST_LINES = 8  # groups in one picture over the steps: the best
 INK = "#010203"  # stands for the text's colour until the page puts its own
 STYLE = {
     "svg.fonttype": "none",
@@ -119,7 +120,7 @@ def _of_sweep(report: Report) -> Iterator[Picture]:
     if groups:
         yield _ranking(groups, len(report.groups))
         for index, domain in enumerate(report.domains):
-            yield _domain_of_groups(groups, domain, index)
+            yield _domain_of_groups(groups[:MOST_LINES], domain, index)
     begun = [run for run in report.runs if run.validation]
     if begun:
         yield _gaps_of_runs(begun)
@@ -135,6 +136,7 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if count > 1:
         columns = 2 if max(map(len, labels)) <= 16 else 1
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, -(-count // columns) - 2))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
@@ -176,7 +178,8 @@ def _perplexities(run: RunRecord) -> Picture:
         for number, bar in enumerate(bars):
             bar.set_gid(f"mark-{index}-{number}")
     axes.set(xscale="log", xlabel="perplexity (log scale)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5), numticks=6))
     axes.xaxis.set_major_formatter("{x:g}")  # the usual one writes mathematics
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(rows, [short(name, 18) for name in last])
@@ -218,7 +221,9 @@ def _weights(run: RunRecord) -> Picture:
     heights = [[value for _, value in points[:length]] for points in lines.values()]
     if length == 1:  # an area needs two ends
         steps, heights = [steps[0], steps[0] + 1], [row * 2 for row in heights]
-    areas = axes.stackplot(steps, heights, labels=[short(name) for name in lines], colors=COLOURS, alpha=0.85)
+    areas = axes.stackplot(
+        steps, heights, labels=[short(name) for name in lines], colors=COLOURS, alpha=0.85, step="post"
+    )
     for index, area in enumerate(areas):
         area.set_gid(f"mark-{index}")
     axes.set(xlabel="step", ylabel="share of the next windows", ylim=(0, 1), xlim=(steps[0], steps[-1]))
@@ -247,8 +252,7 @@ def _ranking(groups: list[Group], all_groups: int) -> Picture:
         axes.plot(seeds, [place] * len(seeds), "o", color=colour, alpha=0.35, gid=f"mark-seeds-{place}")
         axes.errorbar(group.gap, place, xerr=group.gap_error, fmt="D", color=colour, capsize=4)
     axes.set_yticks(range(len(groups)), [short(group.name, 22) for group in groups])
-    axes.invert_yaxis()
-    axes.set(xlabel="mean gap, nats/token")
+    axes.set(xlabel="mean gap, nats/token", ylim=(len(groups) - 0.5, -0.5))
     more = f" The best {len(groups)} of {all_groups} are shown." if all_groups > len(groups) else ""
     words = "; ".join(f"{group.name}: {group.gap:.4f}" for group in groups)
     return Picture(
@@ -269,7 +273,7 @@ def _domain_of_groups(groups: list[Group], domain: str, number: int) -> Picture:
     return Picture(
         f"domain-{number}",
         f"Gap on {short(domain, 40)}",
-        f"Mean over seeds of the validation gap on {domain}, by group, over the steps",
+        f"Mean over seeds of the validation gap on {domain} over the steps, of the best {len(groups)} groups",
         figure,
     )
 

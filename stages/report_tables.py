@@ -40,10 +40,9 @@ def answer(report: Report) -> str:
         second = report.groups[1]
         text += f" Next: {second.name}, {_pm(second.gap, second.gap_error)}"
         if second.difference is not None and second.pairs > 1:
-            text += (
-                f"; seed by seed {_pm(second.difference, second.difference_error)} worse"
-                f" ({second.pairs} pairs)"
-            )
+            text += f"; seed by seed {_pm(second.difference, second.difference_error)} worse ({second.pairs} pairs)"
+            if second.difference < 2 * (second.difference_error or 0.0):
+                text += ", which these seeds cannot tell from nothing"
         text += "."
     return text
 

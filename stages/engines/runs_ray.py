@@ -4,6 +4,7 @@ under the same paths (a shared file system; for the cache also an object store).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.engines.ray_cluster import connect
@@ -22,7 +23,8 @@ def run(jobs: list[Job], report: Callable[[Outcome], None], *, workers: int | No
     threads = max((job.threads or 1) for job in jobs)
     say(f"sweep: Ray tasks of {threads} CPUs{' and a GPU' if gpus else ''} each")
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=3, scheduling_strategy="SPREAD")(run_one)
-    waiting, flights = list(reversed(jobs)), {}
+    waiting = list(reversed(jobs))
+    flights: dict[Any, Job] = {}
     try:
         while waiting or flights:
             while waiting and (workers is None or len(flights) < workers):
@@ -35,9 +37,9 @@ def run(jobs: list[Job], report: Callable[[Outcome], None], *, workers: int | No
             ray.cancel(call)  # raises KeyboardInterrupt there: the run writes its checkpoint
 
 
-def _outcome(ray: object, call: object, job: Job) -> Outcome:
+def _outcome(ray: Any, call: Any, job: Job) -> Outcome:
     try:
-        outcome: Outcome = ray.get(call)  # type: ignore[attr-defined]
+        outcome: Outcome = ray.get(call)
         return outcome
     except Exception as problem:
         if isinstance(problem, DdkError):

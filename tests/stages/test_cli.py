@@ -21,7 +21,10 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline import durable
 from ddk_pipe.stages.cli import app
 
-COMMANDS = ("init", "schema", "prepare", "cache-teacher", "distill", "estimate", "inspect", "verify", "demo")
+COMMANDS = (
+    *("init", "schema", "prepare", "cache-teacher", "distill", "sweep", "report", "evaluate", "export"),
+    *("estimate", "inspect", "verify", "demo"),
+)
 runner = CliRunner()
 
 

@@ -19,7 +19,8 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
-from ddk_pipe.stages.export import CardOptions, Target, export
+from ddk_pipe.stages.export import Target, export
+from ddk_pipe.stages.model_card import CardOptions
 
 
 @pytest.fixture

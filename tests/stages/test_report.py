@@ -18,6 +18,7 @@ from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.report import report
 from ddk_pipe.stages.report_data import load_report, standard_error
+from ddk_pipe.stages.report_tables import answer
 
 EVIL = "<script>alert(1)</script>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -41,10 +42,10 @@ def write_run(
     for step in range(0, steps + 1, 5):
         for place, domain in enumerate(domains):
             ours = gap + place / 10 + seed / 100 + (steps - step) / steps
-            row = {"step": step, "domain": domain, "student_ce": 2 + ours, "teacher_ce": 2.0, "gap": ours}
-            record.add("validation", {**row, "weight": 1 / len(domains)})
+            values = {"student_ce": 2 + ours, "teacher_ce": 2.0, "gap": ours, "weight": 1 / len(domains)}
+            record.add("validation", {"step": step, "domain": domain, **values})
     record.publish()
-    summary = {
+    summary: dict[str, Any] = {
         "settings": "5e77",
         "steps": steps,
         "tokens": 64 * steps,
@@ -122,6 +123,15 @@ def test_ranking_is_by_mean_with_errors_and_pairs(tmp_path: Path) -> None:
     assert standard_error([1.0]) is None
 
 
+def test_says_when_seeds_cannot_tell(tmp_path: Path) -> None:
+    place = write_sweep(tmp_path / "out", {"a": 1.0, "b": 1.01})
+    assert "worse (2 pairs)." in answer(load_report(place))
+    validation = tmp_path / "out/distill/run1-s0/validation.jsonl"
+    rows = [json.loads(line) for line in validation.read_text().splitlines()]
+    validation.write_text("".join(json.dumps({**row, "gap": row["gap"] + 0.1}) + "\n" for row in rows))
+    assert "which these seeds cannot tell from nothing" in answer(load_report(place))
+
+
 def test_fifty_runs_stay_small_and_names_are_text(tmp_path: Path) -> None:
     groups = {f"{EVIL} $x$ & {place}": place / 10 for place in range(25)}
     domains = (EVIL, "b" * 64, *"cdefgh")
@@ -197,10 +207,13 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     run = write_run(
-        folder / "a/out/distill/student", domains=(EVIL, "plays", "a_domain_with_a_long_name_of_40_letters")
+        folder / "a/out/distill/student",
+        gap=8.0,
+        domains=(EVIL, "plays", "a_domain_with_a_long_name_of_40_letters"),
     )
     groups = {
         "mixing=ddk": 0.5,
+        "mixing=near": 0.5001,
         f"mixing={EVIL}": 0.7,
         "mixing=uniform, keep_layers=[0, 1, 2, 3, 4, 5, 6, 7]": 1.0,
     }
@@ -233,10 +246,11 @@ def test_page_in_chromium(
     assert smallest >= 9, f"text of {smallest} px in a picture"
     assert page.evaluate(CONTRAST) >= 4.5
     assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate(OVERLAPPING) == []
     focused = walk(page)
     assert focused[0].startswith("A#main") and any(name.startswith("DIV") for name in focused)
     if kind == "sweep":
-        assert focused.count("SUMMARY") == 9
+        assert focused.count("SUMMARY") == 12
         page.focus("summary")
         page.keyboard.press("Enter")
         assert page.locator("details[open] code").first.is_visible()
@@ -263,6 +277,11 @@ MARKS = """figure => [...figure.querySelectorAll('g[id*="mark-"]')].map(mark => 
     const box = mark.getBoundingClientRect(); return Math.max(box.width, box.height); })"""
 SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll('figure svg text')].map(text => {
     const scale = text.getScreenCTM(); return parseFloat(getComputedStyle(text).fontSize) * Math.abs(scale.a || scale.b); }))"""
+OVERLAPPING = """() => [...document.querySelectorAll('figure svg')].flatMap(svg => {
+    const boxes = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+    return boxes.flatMap(([name, a], place) => boxes.slice(place + 1).filter(([_, b]) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
+        .map(([other]) => [name, other])); })"""
 CUT_OFF = """() => [...document.querySelectorAll('figure svg text')].filter(text => {
     const box = text.getBoundingClientRect(), all = text.ownerSVGElement.getBoundingClientRect();
     return box.left < all.left - 1 || box.right > all.right + 1 || box.top < all.top - 1 || box.bottom > all.bottom + 1;

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweeps import project_without_teacher, results, start, wait_for, write_sweep
@@ -16,7 +17,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.sweep import Request, sweep
 
-GRID = {"grid": {"distill.mixing": ["ddk", "natural"]}, "seeds": [0, 1]}
+GRID: dict[str, Any] = {"grid": {"distill.mixing": ["ddk", "natural"]}, "seeds": [0, 1]}
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
@@ -151,7 +152,7 @@ def test_settings_that_the_cache_was_not_made_with(prepared: Path) -> None:
         ),
     ],
 )
-def test_refused_before_anything_is_run(prepared: Path, values: dict[str, object], expected: str) -> None:
+def test_refused_before_anything_is_run(prepared: Path, values: dict[str, Any], expected: str) -> None:
     status, _, err = call("sweep", write_sweep(prepared, **values))
     assert status == 2 and expected in err and len(err.splitlines()) == 1
     assert not (prepared.parent / "out/sweeps").exists()

@@ -33,7 +33,7 @@ from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.prepare import prepare
 
 SEQ_LEN = 128
-SIZES = ((4, 12), (8, 24), (16, 48))  # windows of a shard, of training in all; twice a shard's are validation
+SIZES = ((2, 6), (4, 12), (8, 24))  # windows of a shard, of training in all; twice a shard's are validation
 FILES = 80  # of Python's library, about 2 MB
 BEGIN, END = "<!-- tables made by benchmarks/scale.py -->", "<!-- end of the tables -->"
 
@@ -130,12 +130,12 @@ def clocked(seconds: list[float]) -> Iterator[None]:
 def project_in(
     name: Path, teacher: Path, backend: str, shard_windows: int, options: dict[str, int]
 ) -> Project:
-    """The source of Python's library in records of 1,000 characters, as one domain."""
+    """The source of Python's library in records of 500 characters, as one domain."""
     folder = name.resolve()
     texts = [
         path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:FILES]
     ]
-    records = [text[at : at + 1000] for text in texts for at in range(0, len(text), 1000)]
+    records = [text[at : at + 500] for text in texts for at in range(0, len(text), 500)]
     (folder / "source.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
     manifest = {
         "output": "out",
@@ -157,7 +157,7 @@ def prepare_rate(teacher: Path) -> float:
         project = project_in(Path(name), teacher, "hf", 64, {})
         began = time.monotonic()
         splits = prepare(project)
-        windows = sum(len(split.tokens) for domain in splits.values() for split in domain.values())
+        windows: int = sum(split.tokens.shape[0] for domain in splits.values() for split in domain.values())
         return windows * SEQ_LEN / (time.monotonic() - began)
 
 
@@ -377,10 +377,10 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = parser.parse_args()
     assumed = Assumed(**{name: getattr(options, name) for name in asdict(Assumed())})
+    rate = prepare_rate(options.teacher)
     run(options.teacher, options.backend, *SIZES[0])  # imports and first calls are nobody's
     runs = [run(options.teacher, options.backend, *size) for size in SIZES]
     model = Model.of(runs[0], runs[1])
-    rate = prepare_rate(options.teacher)
     third, goals = check(model, runs[2])
     cases = [(tokens, gpus, 64 if tokens < 1e11 else 256) for tokens in (15e9, 1e12) for gpus in (8, 64, 512)]
     plans = [plan(model, assumed, *case) for case in cases]

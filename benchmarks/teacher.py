@@ -29,7 +29,7 @@ prepare_cpu()  # before torch
 import numpy as np
 import torch
 
-from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline import manifest, selection
 from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize
 from ddk_pipe.pipeline.codec import Ranks
 from ddk_pipe.pipeline.selection import Plan, Selected
@@ -113,7 +113,15 @@ def hf_variants(teacher: HfTeacher, windows: list[Window]) -> Variants:
         for start in range(0, len(tokens), step):
             teacher.model(input_ids=tokens[start : start + step], use_cache=False)
 
-    return {"hf: bare forward with logits": bare, "hf: ours, pps 0.02": lambda: teacher.select(windows, PLAN)}
+    def small_blocks() -> None:
+        with mock.patch.object(selection, "HEAD_BYTES", 64 << 20):
+            teacher.select(windows, PLAN)
+
+    return {
+        "hf: bare forward with logits": bare,
+        "hf: ours, pps 0.02": lambda: teacher.select(windows, PLAN),
+        "hf: ours, logits in blocks of 64 MB": small_blocks,
+    }
 
 
 # --- where the time goes --------------------------------------------------------------------------

@@ -93,6 +93,12 @@ def read_config(folder: Path, *, field: str, trust_remote_code: bool = False) ->
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as problem:  # noqa: BLE001 - wrong JSON, unknown architecture, refused remote code
+        if not trust_remote_code and "trust_remote_code" in str(problem):
+            section = field.rpartition(".")[0]
+            raise DdkError(
+                f"{field}: {folder} needs code that comes with it, and that is not run unasked",
+                hint=f"read its .py files, then set {section}.trust_remote_code: true",
+            ) from None
         reason = str(problem).strip().split("\n")[0]
         raise DdkError(f"{field}: {folder}/config.json cannot be used ({reason})", hint="mend it") from None
 

@@ -60,7 +60,9 @@ def test_nor_does_a_python_c_child(in_the_root: None, monkeypatch: pytest.Monkey
 def test_ours_under_its_bare_name_is_refused(in_the_root: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
-    monkeypatch.setitem(sys.modules, "triton_kernels", importlib.import_module("triton_kernels"))
+    ours = importlib.import_module("triton_kernels")
+    del sys.modules["triton_kernels"]  # or it would stay after this test
+    monkeypatch.setitem(sys.modules, "triton_kernels", ours)
     with pytest.raises(ddk_pipe.pipeline.errors.DdkError, match="never triton_kernels"):
         keep_our_name_from_vllm()
 

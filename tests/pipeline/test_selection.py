@@ -192,5 +192,5 @@ def test_settings_name_only_what_the_scheme_depends_on() -> None:
 
 
 def test_head_rows_bound_the_memory() -> None:
-    assert head_rows(49_152) * 49_152 * 4 <= 64 << 20
+    assert head_rows(49_152) * 49_152 * 4 <= 256 << 20
     assert head_rows(10_000_000) == 16

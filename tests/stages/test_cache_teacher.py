@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -412,12 +413,41 @@ def test_a_vocabulary_of_262_144(make_project: MakeProject, tmp_path: Path) -> N
     vocabulary = stored["model"]["vocab"]
     vocabulary |= {f"<unused{index}>": index for index in range(len(vocabulary), 262_144)}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
-    make_model(folder, vocab_size=262_208)
+    make_model(folder, vocab_size=262_208)  # 64 rows of padding
     path = make_project(cache={"shard_windows": 8, "temperatures": [1.0, 2.0]})
-    project = load_project(path, [f"teacher.model={folder}"])
-    cache_teacher(project, Request(limit=3))
-    reader = CacheReader(project.cache, 1.0)
+    named = f"teacher.model={folder}"
+    result = CliRunner().invoke(app, ["cache-teacher", str(path), "--set", named, "--limit", "3"])
+    assert result.exit_code == 0, result.stderr
+    reader = CacheReader(load_project(path, [named]).cache, 1.0)
     assert reader.spec.vocab_size == 262_144
     window = reader.read("code", VALIDATION, 0)
     assert int(window.targets.ids.max()) > 1 << 16
     window.targets.validate(262_144)
+
+
+# --- code that comes with a model -----------------------------------------------------------------
+
+
+def test_code_of_a_model_runs_only_if_the_manifest_says_so(
+    make_project: MakeProject, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder, trace = tmp_path / "custom", tmp_path / "ran"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(trace)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    path, named = make_project(), f"teacher.model={folder}"
+    result = CliRunner().invoke(app, ["cache-teacher", str(path), "--set", named, "--limit", "1"])
+    assert result.exit_code == 2 and "trust_remote_code" in result.stderr and not trace.exists()
+    cache_teacher(load_project(path, [named, "teacher.trust_remote_code=true"]), Request(limit=1))
+    assert trace.exists() and len(shard_contents(path.parent / "out" / "cache")) == 1

@@ -88,7 +88,7 @@ class Steps:
         )
         self.run, self.variant = Run(self.project, {}), variant
         if variant in ("ce_only", "online_hf"):
-            self.run.source.read = _in_memory(self.project)  # type: ignore[method-assign]
+            self.run.source.read = _in_memory(self.project)  # type: ignore[method-assign, assignment]
         shares = [1 / len(self.run.domains)] * len(self.run.domains)
         from ddk_pipe.stages.distill import Position
 

@@ -5,7 +5,7 @@ layers as the student), on the same windows, in turn, each a whole step: read or
 clip, AdamW.
 
     ours          ddk-pipe's loop from a cache (pps, tau 0.02)
-    ce_only       transformers' own step: model(input_ids, labels).loss, the same AdamW and clipping
+    ce_only       transformers' own step: model(input_ids, labels).loss, the same AdamW and clipping, windows in memory
     online_dense  ddk-pipe's loop with the teacher in memory and its whole distribution (distill.targets: online)
     online_hf     the usual way: both models' logits whole, torch's kl_div beside transformers' loss
 
@@ -32,10 +32,13 @@ from typing import Any
 import torch
 from common import Row, fresh_process, goal, peak_growth, report, spread
 
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.tokens import TRAIN, open_split
 from ddk_pipe.stages.distill import Run
 from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.training.sources import _bare
 
 VARIANTS = ("ours", "ce_only", "online_dense", "online_hf")
 KEPT_LAYERS = 15  # of 30: half the teacher, as the paper's students are a fraction of theirs
@@ -84,6 +87,8 @@ class Steps:
             manifest, [f"distill.targets={targets}", f"distill.name={variant}"]
         )
         self.run, self.variant = Run(self.project, {}), variant
+        if variant in ("ce_only", "online_hf"):
+            self.run.source.read = _in_memory(self.project)  # type: ignore[method-assign, assignment]
         shares = [1 / len(self.run.domains)] * len(self.run.domains)
         from ddk_pipe.stages.distill import Position
 
@@ -125,6 +130,14 @@ class Steps:
         q = logits.log_softmax(-1)[live]
         kl = torch.nn.functional.kl_div(q, wanted[live], reduction="sum", log_target=True)
         return kl / live.sum()
+
+
+def _in_memory(project: Project) -> Callable[[int, int], CachedWindow]:
+    """Training windows without targets, read before: the peers must not pay for decoding what they do not use."""
+    names = list(project.manifest.domains)
+    splits = [open_split(project.tokens / name / TRAIN) for name in names]
+    windows = [[_bare(split, window) for window in range(split.facts.windows)] for split in splits]
+    return lambda domain, window: windows[domain][window]
 
 
 def _hf_teacher(project: Project) -> Any:

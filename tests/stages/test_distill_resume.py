@@ -49,14 +49,15 @@ def kill_after(manifest: Path, name: str, step: int, ranks: int | None, *sets: s
     """Start (or continue) a run and kill it as soon as the record shows that step."""
     run = run_folder(manifest, name)
     processes = start_ranks(distill_command(manifest, *SETS, *sets, f"distill.name={name}"), ranks)
-    kill_when(processes, lambda: (run / "steps.jsonl").exists() and steps_done(run) >= step)
+    folder, due = run / "checkpoints", step > CHECKPOINT  # ranks write theirs in the background
+    kill_when(processes, lambda: steps_done(run) >= step and (not due or any(folder.glob("step-*"))))
     assert not (run / "run.json").exists(), "it was faster than the kill"
 
 
 @pytest.mark.slow
 def test_kill_9_at_random_steps_leaves_no_trace(cached: Path) -> None:
     whole = whole_run(cached)
-    random_steps = sorted(random.sample(range(1, STEPS - 3), 2))
+    random_steps = sorted(random.sample(range(1, STEPS - 6), 2))
     print("killed after", random_steps)  # shown if it fails
     for step in random_steps:
         kill_after(cached, "cut", step, None)

@@ -116,7 +116,7 @@ def test_stopped_in_time(prepared: Path) -> None:
     assert child.returncode == 143 and "run the same command again to continue" in err
     assert "the same command continues there" in err  # said by distill, in the worker
     (row,) = results(prepared.parent)
-    assert row["status"] in ("pending", "unfinished")  # as of the last writing of the table
+    assert row["status"] == "unfinished" and row["steps"] >= 1
     assert list((prepared.parent / "out/distill").glob("*/checkpoints/step-*"))
 
 

@@ -62,13 +62,13 @@ class _State:
     at_once: int
     began: float = field(default_factory=time.monotonic)
 
-    def refresh(self, name: str) -> Row:
-        """Read a run's record again; a finished one takes no more time."""
-        row = row_of(self.runs[name], self.projects[name].run, note_of(self.folder, name))
-        self.rows[name] = row
-        if row["status"] in ("finished", "failed"):
-            self.left_tokens.pop(name, None)
-        return row
+    def write(self, names: list[str]) -> None:
+        """Read the records of these runs again and write the table; what has ended takes no more time."""
+        for name in names:
+            self.rows[name] = row_of(self.runs[name], self.projects[name].run, note_of(self.folder, name))
+            if self.rows[name]["status"] in ("finished", "failed"):
+                self.left_tokens.pop(name, None)
+        write_results(self.folder, list(self.rows.values()))
 
     def count(self, status: str) -> int:
         return sum(row["status"] == status for row in self.rows.values())
@@ -102,10 +102,15 @@ def sweep(path: Path, request: Request | None = None) -> list[Row]:
     with _alone(state.folder):
         caches = write_record(state.folder, plan, state.runs, state.projects)
         jobs = [_job(state, name, caches[name], request) for name in state.left_tokens]
-        write_results(state.folder, list(state.rows.values()))
-        if jobs:
-            with stops_in_time():
-                _engine(request, jobs)(_listener(state))
+        for job in jobs:  # an earlier failure says nothing of the new attempt
+            note_of(state.folder, job.run.name).unlink(missing_ok=True)
+        state.write(list(state.left_tokens))
+        try:
+            if jobs:
+                with stops_in_time():
+                    _engine(request, jobs)(_listener(state))
+        finally:
+            state.write(list(state.left_tokens))
     return _close(state)
 
 
@@ -213,8 +218,8 @@ def _listener(state: _State) -> Callable[[Outcome], None]:
             raise cache_changed(state.projects[outcome.name].cache.name)
         note = {"status": outcome.status, "error": outcome.error, "seconds": outcome.seconds}
         durable.write_file(note_of(state.folder, outcome.name), durable.to_json(note))
-        row = state.refresh(outcome.name)
-        write_results(state.folder, list(state.rows.values()))
+        state.write([outcome.name])
+        row = state.rows[outcome.name]
         told = (
             f"failed: {outcome.error}"
             if row["status"] == "failed"

@@ -35,6 +35,7 @@ def finish(folder: Path, *arguments: object) -> str:
     return out + err
 
 
+@pytest.mark.slow
 def test_killed_and_rerun_equals_undisturbed(tmp_path: Path, tiny_teacher: Path, cached_output: Path) -> None:
     """Four students, no teacher anywhere (its folder is gone and the import guard is on)."""
     folders = {}
@@ -94,6 +95,7 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(prepared: Path) -> None:
     assert status == 0 and "failed: distill: the loss" in shown and "finished" in shown
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_dies_fails_alone(prepared: Path) -> None:
     """The first run's process is killed as the system kills for memory; the second one is run all the same."""
     path = write_sweep(prepared, runs=[{"distill.steps": 100000, "distill.interval_steps": 1}, {}], seeds=[0])
@@ -116,7 +118,7 @@ def test_stopped_in_time(prepared: Path) -> None:
     assert child.returncode == 143 and "run the same command again to continue" in err
     assert "the same command continues there" in err  # said by distill, in the worker
     (row,) = results(prepared.parent)
-    assert row["status"] in ("pending", "unfinished")  # as of the last writing of the table
+    assert row["status"] == "unfinished" and row["steps"] >= 1
     assert list((prepared.parent / "out/distill").glob("*/checkpoints/step-*"))
 
 

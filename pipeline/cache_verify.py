@@ -22,6 +22,7 @@ meanwhile, but one repair at a time is enough: two, and a writer between them, c
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -356,9 +357,8 @@ class _Check:
 
     def _partials(self, folder: LocalFolder) -> None:
         """Scratch folders and half-written files, which only a disk has."""
-        found = (path for depth in ("", "*/", "*/*/") for path in folder.path.glob(f"{depth}.*.partial"))
-        for path in sorted(found):
-            if not PARTIAL.fullmatch(path.name) or not is_inside(path, folder.path):
+        for path in sorted(_partials_below(folder.path)):
+            if not is_inside(path, folder.path):
                 continue
             name = path.relative_to(folder.path).as_posix()
             written = _last_written(path)
@@ -377,10 +377,22 @@ def _group(name: str) -> str:
     return "/".join(name.split("/", 3)[:3])
 
 
+def _partials_below(root: Path) -> Iterator[Path]:
+    """Names that durable and storage write under, in the cache's folder and the two levels below it.
+
+    os.walk passes over what a living writer moves meanwhile; glob and rglob fail there.
+    """
+    for place, folders, files in os.walk(root):
+        yield from (Path(place, name) for name in folders + files if PARTIAL.fullmatch(name))
+        deep = len(Path(place).relative_to(root).parts) >= 2
+        folders[:] = [] if deep else [name for name in folders if not PARTIAL.fullmatch(name)]
+
+
 def _last_written(path: Path) -> float | None:
     """Time of the last change of a file or of anything in a folder, seconds since the epoch; None if it is gone."""
     times = []
-    for part in [path, *path.rglob("*")]:
-        with suppress(FileNotFoundError):  # a living writer has moved on
-            times.append(part.lstat().st_mtime)
+    below = (os.path.join(place, name) for place, folders, files in os.walk(path) for name in folders + files)
+    for part in [path, *below]:
+        with suppress(FileNotFoundError):
+            times.append(os.lstat(part).st_mtime)
     return max(times, default=None)

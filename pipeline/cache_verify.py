@@ -391,8 +391,8 @@ def _partials_below(root: Path) -> Iterator[Path]:
 def _last_written(path: Path) -> float | None:
     """Time of the last change of a file or of anything in a folder, seconds since the epoch; None if it is gone."""
     times = []
-    below = (os.path.join(place, name) for place, folders, files in os.walk(path) for name in folders + files)
+    below = [Path(place, name) for place, folders, files in os.walk(path) for name in folders + files]
     for part in [path, *below]:
         with suppress(FileNotFoundError):
-            times.append(os.lstat(part).st_mtime)
+            times.append(part.lstat().st_mtime)
     return max(times, default=None)

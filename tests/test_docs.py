@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,7 @@ SOURCES = [path for name in ("pipeline", "stages") for path in (ROOT / name).rgl
 def test_builds_without_a_warning(tmp_path: Path) -> None:
     """As `make docs` does, with the generated pages."""
     docs = tmp_path / "docs"
-    docs.mkdir()
-    for path in (ROOT / "docs").iterdir():
-        (docs / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "docs", docs)
     for name, command in (
         ("manifest", ["ddk_pipe.stages.cli", "schema", "--markdown"]),
         ("cli", ["ddk_pipe.stages.cli_reference"]),
@@ -69,7 +68,7 @@ def test_every_manifest_in_the_docs_is_valid(tmp_path: Path) -> None:
     from ddk_pipe.pipeline.sweep_spec import load_sweep
 
     seen = 0
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in sorted((ROOT / "docs").rglob("*.md")):
         for text in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
             path = tmp_path / "x.yaml"
             path.write_text(text)

@@ -59,6 +59,7 @@ class Validation:
         """Measure the student as it is now. Raises DdkError if its CE on a domain is not finite."""
         self.wrapped.module.eval()
         sums = np.stack([self._domain(windows) for windows in self.windows])
+        self.wrapped.reshard()
         self.wrapped.module.train()
         outcome = Outcome([measures.summary(row, exact=self.exact) for row in self.wrapped.world.sum(sums)])
         for domain, value in zip(self.domains, outcome.student_ce, strict=True):

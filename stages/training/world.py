@@ -114,6 +114,12 @@ class Wrapped:
             return self.module.no_sync()  # type: ignore[operator, no-any-return]
         return nullcontext()
 
+    def reshard(self) -> None:
+        """Put shards in the place of whole weights. FSDP2 leaves its root's whole after a forward without backward,
+        and whole ones are other parameters than those that the optimizer knows."""
+        if self.sharded:
+            self.module.reshard()  # type: ignore[operator]
+
     def clip(self, limit: float | None) -> float:
         """Scale the gradients down to norm `limit`; returns their norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit or math.inf)

@@ -210,7 +210,8 @@ def test_nan_names_window_and_model_and_commits_nothing(
     broken = break_weights(tiny_teacher, tmp_path / "broken")
     status = tmp_path / "status.jsonl"
     project = load_project(project.root / "manifest.yaml", [f"teacher.model={broken}"])
-    with pytest.raises(DdkError, match=rf"window \S*code/\S+: .* NaN or infinity \(model {broken}\)"):
+    # which shard comes first to the teacher is up to the threads; both domains are broken
+    with pytest.raises(DdkError, match=rf"window \S*(code|plays)/\S+: .* NaN or infinity \(model {broken}\)"):
         cache_teacher(project, Request(status=status))
     assert not shard_contents(cache_of(project)) and not groups(cache_of(project))
     last = json.loads(status.read_text().splitlines()[-1])

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.pipeline.tokens import VALIDATION
+from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
 
 FOR_MIXING = 8  # validation windows that runs look at: distill.validation_windows of the manifest
 BINS = 15
@@ -46,7 +46,11 @@ class Measure:
     def __init__(self, cache: Path, teacher: Path) -> None:
         model = load(teacher)
         reader = CacheReader(open_folder(cache), 1.0)
-        self.domains = {domain: _windows(reader, domain, model) for domain in reader.spec.domains}
+        sizes = {domain: reader.size(domain, TRAIN).windows for domain in reader.spec.domains}
+        self.domains = {
+            domain: _windows(reader, domain, model, size / sum(sizes.values()))
+            for domain, size in sizes.items()
+        }
 
     def student(self, folder: Path) -> list[dict[str, Any]]:
         """One row a domain."""
@@ -62,13 +66,15 @@ def load(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def _windows(reader: CacheReader, domain: str, teacher: torch.nn.Module) -> Windows:
+def _windows(reader: CacheReader, domain: str, teacher: torch.nn.Module, natural_share: float) -> Windows:
     count = reader.size(domain, VALIDATION).windows
     cached = [reader.read(domain, VALIDATION, number) for number in range(FOR_MIXING, count)]
     tokens = torch.from_numpy(np.stack([window.tokens for window in cached]).astype(np.int64))
     labels = torch.from_numpy(np.stack([window.labels for window in cached]).astype(np.int64))
     live = labels != NO_LABEL
-    return Windows(tokens, labels[live], live, _log_probabilities(teacher, tokens, live).half())
+    return Windows(
+        tokens, labels[live], live, _log_probabilities(teacher, tokens, live).half(), natural_share
+    )
 
 
 @torch.no_grad()
@@ -92,6 +98,7 @@ def _figures(model: torch.nn.Module, windows: Windows) -> dict[str, float]:
         return float(-log.gather(1, windows.labels[:, None]).double().mean())
 
     return {
+        "natural_share": windows.natural_share,
         "positions": len(log_q),
         "student_ce": mean_nats(log_q),
         "teacher_ce": mean_nats(log_p),

@@ -27,6 +27,7 @@ from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
 
+from common import commit, device
 from material import make_material
 
 HERE = Path(__file__).parent
@@ -89,6 +90,7 @@ def measure(table: str, folder: Path) -> None:
     waiting = [run for run in runs if run["status"] == "finished" and run["run"] not in known]
     if not waiting:
         return
+    machine, made_by = device(), commit()
     measured = Measure(folder / "cache", folder / "material" / "teacher")
     for number, run in enumerate(waiting, 1):
         summary = json.loads((folder / "distill" / run["run"] / "run.json").read_bytes())
@@ -96,6 +98,8 @@ def measure(table: str, folder: Path) -> None:
             **{name: run[name] for name in ("run", "seed", "settings", "steps", "tokens", "seconds")},
             "versions": json.dumps(summary["versions"]),
             "cache_fingerprint": run["cache_fingerprint"],
+            "machine": machine,
+            "commit": made_by,
         }
         student = folder / "distill" / run["run"] / "student"
         rows += [{**about, **figures} for figures in measured.student(student)]

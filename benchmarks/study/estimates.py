@@ -19,8 +19,8 @@ Row = dict[str, Any]
 FIGURES = ("mean_gap", "worst_gap", "mean_ce", "natural_ce", "kl", "ece", "agreement")
 
 
-def figures_of_run(domains: Sequence[Row], natural: dict[str, float]) -> dict[str, float]:
-    """One run's rows, one a domain, as Measure gives them -> its figures; `natural` are the domains' natural shares."""
+def figures_of_run(domains: Sequence[Row]) -> dict[str, float]:
+    """One run's rows, one a domain, as Measure gives them -> its figures."""
     gaps = {row["domain"]: row["student_ce"] - row["teacher_ce"] for row in domains}
 
     def mean(name: str) -> float:
@@ -30,7 +30,7 @@ def figures_of_run(domains: Sequence[Row], natural: dict[str, float]) -> dict[st
         "mean_gap": float(np.mean(list(gaps.values()))),
         "worst_gap": max(gaps.values()),
         "mean_ce": mean("student_ce"),
-        "natural_ce": sum(natural[row["domain"]] * row["student_ce"] for row in domains),
+        "natural_ce": sum(row["natural_share"] * row["student_ce"] for row in domains),
         "kl": mean("kl"),
         "ece": mean("ece"),
         "agreement": mean("agreement"),

@@ -302,17 +302,18 @@ def load_project(path: Path, overrides: list[str] | None = None) -> Project:
 
     Raises DdkError with one line: the file, the field, what is wrong, and the nearest known name.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     for override in overrides or []:
         _apply(values, override)
     try:
         manifest = Manifest.model_validate(values)
     except pydantic.ValidationError as failure:
-        raise _first_problem(path, failure) from None
+        raise first_problem(path, failure) from None
     return Project(manifest, path.parent)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises DdkError, naming the line, if there is none."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -346,14 +347,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise DdkError(f"--set {override}: the value is not YAML", hint="quote it") from None
 
 
-def _first_problem(path: Path, failure: pydantic.ValidationError) -> DdkError:
+def first_problem(
+    path: Path, failure: pydantic.ValidationError, root: type[Section] | None = None
+) -> DdkError:
+    """The first thing that is wrong with the file, in one line; `root` is what it was to be (none: Manifest)."""
     problems = failure.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     names = [str(part) for part in problem["loc"] if part not in ("str", "DatasetSource")]
     field = ".".join(names) or "manifest"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = _fields_of(names[:-1])
+        known = _fields_of(names[:-1], root or Manifest)
         nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(sorted(known))}"
         return DdkError(f"{path}: {field}: unknown key{more}", hint=hint)
@@ -370,9 +374,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _fields_of(names: list[str]) -> list[str]:
-    """Field names of the section that a dotted location leads to."""
-    section: type[Section] = Manifest
+def _fields_of(names: list[str], section: type[Section]) -> list[str]:
+    """Field names of the section that a dotted location leads to from another."""
     for name in names:
         field = section.model_fields.get(name)
         below = _section_in(field.annotation) if field else None

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from ddk_pipe.pipeline import durable
 
 TABLES = ("steps", "validation")
+LAST_BYTES = 1 << 16  # holds the last rows of any table
 
 
 class Record:
@@ -58,3 +59,21 @@ def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def last_row(folder: Path, table: str) -> dict[str, Any] | None:
+    """The last whole row of a table, without reading the others; none if there is none."""
+    path = folder / f"{table}.jsonl"
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short by a kill, or by the place we began to read at
+            continue
+        if isinstance(row, dict):
+            return row
+    return None

@@ -201,6 +201,50 @@ def distill(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides 
 
 @app.command()
 @friendly
+def sweep(
+    file: Annotated[Path, typer.Argument(help="the sweep file (YAML)")],
+    parallel: Annotated[
+        int | None, typer.Option(help="runs at once; ray: as many as there is room for if left out")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names the cluster)")] = "local",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each run; its share of the cores if left out")
+    ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="say how its runs stand, and start nothing")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask before more than 200 runs")] = False,
+) -> None:
+    """Train many students from one cache: a grid or a list of changes to a manifest, over seeds.
+
+    Finished runs are not repeated, a failed one does not stop the others. No teacher is loaded. Results in
+    OUTPUT/sweeps/NAME/results.parquet, the students in OUTPUT/distill/.
+
+    \b
+    The file:
+      manifest: manifest.yaml
+      set: {distill.steps: 500}
+      grid: {distill.mixing: [ddk, uniform], distill.gamma: [0.2, 1.0]}
+      seeds: [0, 1, 2]
+
+    \b
+    Example:
+      ddk-pipe sweep sweep.yaml
+      ddk-pipe sweep sweep.yaml --parallel 4
+      ddk-pipe sweep sweep.yaml --status; ddk-pipe report out/sweeps/sweep
+    """
+    from ddk_pipe.stages import sweep as stage
+
+    if status:
+        stage.status(file)
+        return
+    _prepare_machine()
+    stage.sweep(file, stage.Request(parallel, engine, threads, yes, dry_run))
+
+
+@app.command()
+@friendly
 def inspect(
     place: Annotated[str, typer.Argument(help="a folder that ddk-pipe wrote, or the URL of a cache")],
 ) -> None:

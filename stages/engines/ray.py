@@ -6,7 +6,6 @@ cache also an object store). RAY_ADDRESS names the cluster; without it Ray start
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from typing import Any
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport
+from ddk_pipe.stages.engines.ray_cluster import connect
 from ddk_pipe.stages.progress import say
 from ddk_pipe.stages.runtime import prepare_cpu
 
 MAX_RESTARTS = 20  # of one actor: spot instances come and go
 LEAVE_SECONDS = 20.0  # for actors to write what they have
-STORE_BYTES = 200 << 20  # of a Ray started here: shards go to the cache, never through Ray's object store
 
 
 class Actor:
@@ -52,7 +51,7 @@ def run(job: Job, shards: list[Shard], report: Callable[[ShardReport], None], *,
     still have: a node that went away delays nobody, and of two that make a shard one commits it.
     Raises DdkError if all actors are gone for good, and whatever a shard fails with.
     """
-    ray = _connect()
+    ray = connect("cache-teacher")
     resources = ray.cluster_resources()
     gpus = job.manifest.teacher.vllm.tensor_parallel_size if resources.get("GPU") else 0
     room = int(resources["GPU"]) // gpus if gpus else len([node for node in ray.nodes() if node["Alive"]])
@@ -71,23 +70,6 @@ def run(job: Job, shards: list[Shard], report: Callable[[ShardReport], None], *,
         _hand_out(ray, crew, shards, report)
     finally:
         _dismiss(ray, crew)
-
-
-def _connect() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": STORE_BYTES}
-        context = ray.init(
-            logging_level="error",
-            runtime_env={"env_vars": {"PYTHONSAFEPATH": "1"}},  # or vLLM takes our triton_kernels for its own
-            **local,
-        )
-        dashboard = context.dashboard_url or "none"
-        say(f"cache-teacher: Ray at {context.address_info['gcs_address']}, dashboard {dashboard},")
-        say(f"cache-teacher: its logs under {context.address_info['session_dir']}/logs on each node")
-    return ray
 
 
 def _hand_out(

@@ -1,0 +1,149 @@
+"""Runs of a sweep on this machine: worker processes that take one run after the other.
+
+Also one at a time they are in a process of their own: a run that is killed for its memory fails alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from ddk_pipe.stages.progress import say
+from ddk_pipe.stages.stopping import GRACE_SECONDS, stops_in_time
+from ddk_pipe.stages.sweep_run import Job, Outcome, run_one
+
+Report = Callable[[Outcome], None]
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    job: Job | None = None  # that it has and has not reported
+
+
+def run(jobs: list[Job], report: Report, *, workers: int) -> None:
+    """Hand the jobs out in order; `report` hears of each as it ends. What report() raises stops the others.
+
+    On Ctrl-C and SIGTERM (raised here as KeyboardInterrupt) the runs under way write their checkpoints first.
+    """
+    queue = deque(jobs)
+    crew = [_start() for _ in range(min(workers, len(jobs)))]
+    try:
+        while queue or any(worker.job for worker in crew):
+            for place, worker in enumerate(crew):
+                if worker.job is None and queue:
+                    crew[place] = _hand(worker, queue.popleft())
+            busy = [worker for worker in crew if worker.job]
+            ready = wait([worker.connection for worker in busy])
+            for place, worker in enumerate(crew):
+                if worker.job and worker.connection in ready:
+                    outcome = _answer(worker)
+                    if outcome is None:
+                        outcome, crew[place] = _died(worker), _start()
+                    worker.job = None
+                    report(outcome)
+    finally:
+        _dismiss(crew)
+
+
+def _start() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _hand(worker: _Worker, job: Job) -> _Worker:
+    """Send the job; to a new worker, if this one has died idle."""
+    try:
+        worker.connection.send(job)
+    except OSError:
+        worker.connection.close()
+        worker = _start()
+        worker.connection.send(job)
+    worker.job = job
+    return worker
+
+
+def _answer(worker: _Worker) -> Outcome | None:
+    try:
+        answer: Outcome = worker.connection.recv()
+        return answer
+    except (EOFError, OSError):
+        return None
+
+
+def _died(worker: _Worker) -> Outcome:
+    worker.connection.close()
+    worker.process.join()
+    code, job = worker.process.exitcode or 0, worker.job
+    assert job is not None
+    why = f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with status {code}"
+    where = f"; its lines are in {job.log}" if job.log else ""
+    return Outcome(job.run.name, "failed", f"the run's process was {why}{where}")
+
+
+def _dismiss(crew: list[_Worker]) -> None:
+    """Idle workers leave when the connection closes; busy ones are told, and get the time to write a checkpoint."""
+    for worker in crew:
+        if worker.job is not None:
+            worker.process.terminate()
+        with suppress(OSError):
+            worker.connection.close()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in crew:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _serve(connection: Connection) -> None:
+    """A worker process: runs the jobs that it is sent until the connection closes."""
+    os.setsid()  # Ctrl-C goes to the terminal's group: the sweep says when to stop, once
+    _leave_with_parent()
+    stderr = os.dup(2)
+    with suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            job: Job = connection.recv()
+            _lines_to(job, stderr)
+            with stops_in_time():
+                outcome = run_one(job)
+            if job.log and outcome.error:
+                say(f"sweep: {outcome.error}")
+            connection.send(outcome)
+
+
+def _lines_to(job: Job, stderr: int) -> None:
+    sys.stderr.flush()
+    if job.log is None:
+        os.dup2(stderr, 2)
+        return
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def _leave_with_parent() -> None:
+    """Be gone as soon as the sweep is, however it ended: the next one must not meet us in a run's folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,46 @@
+"""Runs of a sweep on a Ray cluster: one task each. Manifest, cache and output must be reachable from every node
+under the same paths (a shared file system; for the cache also an object store)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.stages.engines.ray_cluster import connect
+from ddk_pipe.stages.progress import say
+from ddk_pipe.stages.sweep_run import Job, Outcome, run_one
+
+
+def run(jobs: list[Job], report: Callable[[Outcome], None], *, workers: int | None) -> None:
+    """Hand out the jobs, `workers` at once (none: as many as Ray has room for); `report` hears of each as it ends.
+
+    A GPU each, where the cluster has any. A run whose node is lost is started again by Ray and continues from its
+    checkpoint; one whose process dies again and again is reported as failed.
+    """
+    ray = connect("sweep")
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    threads = max((job.threads or 1) for job in jobs)
+    say(f"sweep: Ray tasks of {threads} CPUs{' and a GPU' if gpus else ''} each")
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=3, scheduling_strategy="SPREAD")(run_one)
+    waiting, flights = list(reversed(jobs)), {}
+    try:
+        while waiting or flights:
+            while waiting and (workers is None or len(flights) < workers):
+                job = waiting.pop()
+                flights[task.remote(job)] = job
+            for call in ray.wait(list(flights), num_returns=1)[0]:
+                report(_outcome(ray, call, flights.pop(call)))
+    finally:
+        for call in flights:
+            ray.cancel(call)  # raises KeyboardInterrupt there: the run writes its checkpoint
+
+
+def _outcome(ray: object, call: object, job: Job) -> Outcome:
+    try:
+        outcome: Outcome = ray.get(call)  # type: ignore[attr-defined]
+        return outcome
+    except Exception as problem:
+        if isinstance(problem, DdkError):
+            raise
+        line = " ".join(str(problem).split())[:300]
+        return Outcome(job.run.name, "failed", f"{type(problem).__name__}: {line}")

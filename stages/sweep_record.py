@@ -1,0 +1,92 @@
+"""What a sweep's folder remembers: sweep.json, with the caches that its runs are made from.
+
+<output>/sweeps/<name>/sweep.json       this file
+                       runs/<run>.json  how a run ended
+                       results.parquet  one row per run
+                       logs/<run>.log   a run's lines, where several run at once
+<output>/distill/<run>/                 the runs themselves, like any other
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import ddk_pipe
+from ddk_pipe.pipeline import durable
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.sweep_spec import RunSpec, Sweep
+from ddk_pipe.stages.sweep_run import cache_digest
+
+
+def write_record(
+    folder: Path, sweep: Sweep, runs: dict[str, RunSpec], projects: dict[str, Project]
+) -> dict[str, str | None]:
+    """Note the sweep; returns the digest of each run's cache.
+
+    Raises DdkError if a cache is not there, or not the one that the sweep began with.
+    """
+    digests: dict[tuple[Any, ...], str | None] = {}
+    caches = {}
+    for name, project in projects.items():
+        key = (
+            project.cache.name,
+            project.manifest.cache.model_dump_json(),
+            getattr(project.manifest.distill, "targets", None),
+        )
+        if key not in digests:
+            digests[key] = cache_digest(project)
+        caches[name] = digests[key]
+    before = read_record(folder)["caches"] if (folder / "sweep.json").is_file() else {}
+    for name, digest in caches.items():
+        if before.get(name, digest) != digest:
+            raise cache_changed(projects[name].cache.name)
+    record = {
+        "name": sweep.name,
+        "file": str(sweep.path),
+        "manifest": str(sweep.manifest),
+        "spec": sweep.spec.model_dump(mode="json"),
+        "command": shlex.join(["ddk-pipe", *sys.argv[1:]]),
+        "caches": {**before, **caches},
+        "runs": [
+            {"name": run.name, "group": run.group, "seed": run.seed, "overrides": list(run.overrides)}
+            for run in runs.values()
+        ],
+        "versions": {"ddk_pipe": ddk_pipe.__version__},
+    }
+    durable.write_file(folder / "sweep.json", durable.to_json(record))
+    return caches
+
+
+def cache_changed(name: str) -> DdkError:
+    """The refusal to mix runs of two caches in one table."""
+    return DdkError(
+        f"{name}: not the cache that this sweep began with",
+        hint="give the sweep another `name` to begin anew, or bring the old cache back",
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of sweep.json; raises DdkError if there is none, or if it is damaged."""
+    path = folder / "sweep.json"
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise DdkError(f"{folder}: no sweep", hint="run `ddk-pipe sweep`") from None
+    except (ValueError, TypeError):
+        raise DdkError(f"{path}: damaged", hint="remove it; `ddk-pipe sweep` writes it again") from None
+
+
+def finished_tokens_per_second(output: Path) -> list[float]:
+    """Of every finished run under an output folder."""
+    rates = []
+    for path in sorted((output / "distill").glob("*/run.json")):
+        try:
+            rates.append(float(json.loads(path.read_bytes())["tokens_per_second"]))
+        except (ValueError, KeyError, TypeError):  # of another version: it only tells a rate
+            continue
+    return rates

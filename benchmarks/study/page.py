@@ -50,7 +50,7 @@ def arm_name(settings: Row) -> str:
     mixing, gamma = settings.get("distill.mixing", "ddk"), settings.get("distill.gamma", 0.2)
     if mixing in ("natural", "uniform"):
         return f"{'KD' if gamma else 'CPT'} {mixing}"
-    return {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
+    return str({"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing))
 
 
 def baselines() -> str:

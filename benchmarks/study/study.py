@@ -27,7 +27,7 @@ from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
 
-from common import commit, device
+from common import commit, processor
 from material import make_material
 
 HERE = Path(__file__).parent
@@ -90,7 +90,7 @@ def measure(table: str, folder: Path) -> None:
     waiting = [run for run in runs if run["status"] == "finished" and run["run"] not in known]
     if not waiting:
         return
-    machine, made_by = device(), commit()
+    machine, made_by = processor(), commit()
     measured = Measure(folder / "cache", folder / "material" / "teacher")
     for number, run in enumerate(waiting, 1):
         summary = json.loads((folder / "distill" / run["run"] / "run.json").read_bytes())

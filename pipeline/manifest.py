@@ -173,9 +173,33 @@ class Optimizer(Section):
 class Schedule(Section):
     """Learning rate over the steps."""
 
-    name: Literal["cosine", "constant"] = Field("cosine", description="shape after the warm-up")
+    name: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="shape after the warm-up; wsd: constant, then linear over the last decay_fraction",
+    )
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: share of the steps")
     final_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last rate / peak rate")
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Schedule:
+        if self.name == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction and decay_fraction add up to more than 1")
+        return self
+
+
+class GammaSchedule(Section):
+    """gamma over the steps, as a multiple of distill.gamma."""
+
+    name: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="from first_ratio to final_ratio"
+    )
+    first_ratio: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gamma of the first step / distill.gamma"
+    )
+    final_ratio: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gamma of the last step / distill.gamma"
+    )
 
 
 class Distill(Section):
@@ -184,7 +208,15 @@ class Distill(Section):
     name: Annotated[str, Field(pattern=f"^{DOMAIN_NAME.pattern}$")] = Field(
         "student", description="the run's folder: <output>/distill/<name>"
     )
-    gamma: Annotated[float, Field(ge=0)] = Field(0.2, description="weight of KL beside CE (0.2 in the paper)")
+    targets: Literal["cache", "online"] = Field(
+        "cache",
+        description="cache: the teacher is not needed; online: the teacher in memory, its whole distribution at every"
+        " step, as a baseline (reads tokens/, no cache)",
+    )
+    gamma: Annotated[float, Field(ge=0)] = Field(
+        0.2, description="weight of KL beside CE (0.2 in the paper); 0 is continued pre-training"
+    )
+    gamma_schedule: GammaSchedule = GammaSchedule()
     temperature: Temperature = Field(1.0, description="one of cache.temperatures")
     temperature_squared: bool = Field(True, description="multiply KL by T^2; the paper prints none (T = 1)")
     gradient_skip: Annotated[float, Field(gt=0)] | None = Field(
@@ -195,8 +227,31 @@ class Distill(Section):
     direction: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or reverse (needs a scheme with a tail bucket)"
     )
-    mixing: str = Field("ddk", description="rule for the domain weights: ddk, uniform, natural, ...")
+    mixing: str = Field(
+        "ddk",
+        description="rule for the domain weights: ddk, ddk_unsmoothed, uniform, natural, doremi, sheared, gap_softmax,"
+        " or one of the entry point group ddk_pipe.mixing",
+    )
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="ddk: smoothing of Eq. 2")
+    prior: Literal["uniform", "natural"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
+        "uniform",
+        description="ddk: what (1 - alpha) is spread by; 1/N in the paper; natural: by size; or a share per domain",
+    )
+    largest_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="ddk: clamp of the perplexity ratios, which the paper does not have; none: no clamp"
+    )
+    mixing_options: dict[str, float | int | bool | str] = Field(
+        {}, description="other options of the rule, e.g. {eta: 0.5, floor: 0.001} of doremi and sheared"
+    )
+    stop_gap_nats: float | None = Field(
+        None,
+        description="stop once every domain's gap (student CE - teacher CE) is below it at a weight update;"
+        " the paper says only 'minimal disparity'",
+    )
+    exhausted: Literal["reshuffle", "repeat"] = Field(
+        "reshuffle",
+        description="a domain that runs out starts a new order, or the same again (the paper: wraps around)",
+    )
     initial: Literal["ddk", "uniform", "natural"] | None = Field(
         None,
         description="weights of the first interval: ddk (Eq. 1), uniform, natural (by size); none: Eq. 1 for the ddk"
@@ -207,6 +262,27 @@ class Distill(Section):
     batch_tokens: Positive = Field(8192, description="tokens per optimizer step")
     micro_batch_windows: Positive = Field(8, description="windows per forward pass")
     validation_windows: Positive = Field(16, description="windows per domain behind each weight update")
+    validation_budget: Fraction | None = Field(
+        None,
+        description="most tokens validated per interval, as a share of the tokens trained in it; fewer windows then,"
+        " at least one a domain",
+    )
+    checkpoint_steps: Positive | None = Field(
+        None, description="steps between two checkpoints, beside the one at each weight update"
+    )
+    keep_last: Positive = Field(1, description="checkpoints kept, the newest ones")
+    keep_best: bool = Field(False, description="keep also the one of the lowest mean validation gap")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="where the record goes beside Parquet; each needs its package"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="under torchrun: whole students that share gradients, or a student in shards (FSDP2)",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations backward: less memory, slower"
+    )
+    compile: bool = Field(False, description="torch.compile of the student's layers")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     seed: int = Field(0, ge=0, description="of the data order and of fresh weights")

@@ -7,6 +7,7 @@ JSON lines survive a kill at any moment; Parquet is what reports and people read
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ LAST_BYTES = 1 << 16  # holds the last rows of any table
 
 
 class Record:
-    """Tables of one run in `folder`; `last_step` drops what came after the step a run resumes from."""
+    """Tables of one run in `folder`; `last_step` drops what came after the step a run resumes from.
 
-    def __init__(self, folder: Path, *, last_step: int) -> None:
-        self.folder = folder
+    With `writes` False nothing is written: several processes have one record.
+    """
+
+    def __init__(self, folder: Path, *, last_step: int, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+        if not writes:
+            return
         durable.make_folder(folder)
         for table in TABLES:
             rows = [row for row in read_rows(folder, table) if row["step"] <= last_step]
@@ -35,11 +41,21 @@ class Record:
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """Append one row; every row has a `step`."""
+        if not self.writes:
+            return
         with open(self._lines(table), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def sync(self) -> None:
+        """Make the rows so far durable: no checkpoint may know of a step whose row a power loss can take away."""
+        for table in TABLES if self.writes else ():
+            with open(self._lines(table), "rb") as file:
+                os.fsync(file.fileno())
+
     def publish(self) -> None:
         """Write the Parquet form of both tables."""
+        if not self.writes:
+            return
         for table in TABLES:
             rows = read_rows(self.folder, table)
             if rows:

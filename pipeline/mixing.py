@@ -17,8 +17,9 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ Sizes: TypeAlias = Sequence[int] | NDArray[np.int64] | FloatArray
 Rule: TypeAlias = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
 InitialDraw: TypeAlias = Literal["uniform", "ddk", "natural"]
 
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_ARRAYS = ("weights", "student_ce", "teacher_ce")
 _SUM_SLACK = 1e-6  # weights that went through float32 or a rounded report still pass
 _LARGEST = np.finfo(np.float64).max
 _LARGEST_EXPONENT = 700.0  # exp(700) is about 1e304, the last round number before overflow
@@ -48,7 +51,13 @@ def ddk_initial(student_ce: FloatArray, teacher_ce: FloatArray) -> FloatArray:
 
 
 def ddk(
-    weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray, *, alpha: float = 0.5
+    weights: FloatArray,
+    student_ce: FloatArray,
+    teacher_ce: FloatArray,
+    *,
+    alpha: float = 0.5,
+    prior: FloatArray | None = None,
+    largest_ratio: float | None = None,
 ) -> FloatArray:
     """Eq. 2 of arXiv 2407.16154: alpha * psi / sum(psi) + (1 - alpha) / N.
 
@@ -56,11 +65,22 @@ def ddk(
     unit, the paper's is 0.5. Each weight of the result lies in [(1 - alpha)/N, alpha + (1 -
     alpha)/N]. At fixed losses the updates settle in about five intervals; alpha = 1 has no floor
     and collapses onto one domain instead.
-    Raises ValueError as the module says, and for alpha outside [0, 1].
+
+    Not in the paper: `prior`, shares [domains] that take the place of 1/N, and `largest_ratio`,
+    which clamps the ratios from above (a broken domain of ratio 10 would take all of alpha).
+    Raises ValueError as the module says, for alpha outside [0, 1], a prior that `check_weights`
+    refuses, and a largest_ratio that is not positive.
     """
     weights, gap_nats = _checked(weights, student_ce, teacher_ce)
+    if largest_ratio is not None:
+        if not largest_ratio > 0:
+            raise ValueError(f"largest_ratio must be positive, got {largest_ratio}")
+        gap_nats = np.minimum(gap_nats, np.log(largest_ratio))
     psi = _tilted(weights, _ratio_below_largest(gap_nats, weights))
-    return _mixed_with_uniform(psi, uniform_share=1.0 - _share("alpha", alpha))
+    share = 1.0 - _share("alpha", alpha)
+    if prior is None:
+        return _mixed_with_uniform(psi, uniform_share=share)
+    return _normalised((1.0 - share) * psi + share * check_weights(prior, domains=weights.size))
 
 
 def ddk_unsmoothed(weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray) -> FloatArray:
@@ -166,19 +186,66 @@ RULES: Mapping[str, Callable[..., FloatArray]] = MappingProxyType(
 )
 
 
-def make_rule(name: str, *, alpha: float = 0.5, sizes: Sizes) -> Rule:
-    """The rule of that name with those of the options `alpha` and `sizes` that it takes filled in.
+PLUG_INS = "ddk_pipe.mixing"  # entry point group of users' own rules
+
+
+def plug_ins() -> dict[str, EntryPoint]:
+    """Rules that other installed packages offer, by name; ours win over theirs."""
+    return {point.name: point for point in entry_points(group=PLUG_INS) if point.name not in RULES}
+
+
+def make_rule(
+    name: str,
+    *,
+    alpha: float = 0.5,
+    sizes: Sizes,
+    prior: FloatArray | None = None,
+    largest_ratio: float | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Rule:
+    """The rule of that name, with those of the keyword arguments that it takes filled in, and all `options`.
 
     `sizes` is the number of windows of each domain, shape [domains]. The result is called as
-    `rule(weights, student_ce, teacher_ce)`. Raises DdkError for an unknown name, naming the
-    nearest.
+    `rule(weights, student_ce, teacher_ce)`. A name that is not in RULES is looked for in the entry
+    point group `ddk_pipe.mixing`; what such a rule returns is checked.
+    Raises DdkError for an unknown name or option, naming the nearest, and for a plug-in that cannot
+    be loaded; its rule raises DdkError for weights that are none.
     """
-    if name not in RULES:
-        raise _unknown("mixing rule", name, RULES)
-    rule = RULES[name]
-    takes = inspect.signature(rule).parameters
-    options = {"alpha": alpha, "sizes": sizes}
-    return functools.partial(rule, **{key: options[key] for key in options if key in takes})
+    given = dict(options or {})
+    offered = {"alpha": alpha, "sizes": sizes, "prior": prior, "largest_ratio": largest_ratio}
+    rule = RULES[name] if name in RULES else _plug_in(name)
+    takes = [key for key, value in inspect.signature(rule).parameters.items() if value.kind in _BY_NAME]
+    for key in given:
+        if key not in takes or key in offered:
+            known = [other for other in takes if other not in offered and other not in _ARRAYS]
+            raise _unknown(f"option of the mixing rule {name}", key, known)
+    filled = {key: value for key, value in offered.items() if key in takes}
+    return functools.partial(rule, **filled, **given)
+
+
+def _plug_in(name: str) -> Callable[..., FloatArray]:
+    found = plug_ins()
+    if name not in found:
+        raise _unknown("mixing rule", name, [*RULES, *found])
+    try:
+        rule = found[name].load()
+    except Exception as problem:  # noqa: BLE001 - whatever a user's module raises when imported
+        raise DdkError(
+            f"mixing rule {name!r}: {found[name].value} cannot be loaded ({problem})",
+            hint="mend that package, or use one of our rules",
+        ) from None
+
+    @functools.wraps(rule)
+    def checked(
+        weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray, **options: Any
+    ) -> FloatArray:
+        _checked(weights, student_ce, teacher_ce)
+        try:
+            return check_weights(rule(weights, student_ce, teacher_ce, **options), domains=len(weights))
+        except ValueError as problem:
+            raise DdkError(f"mixing rule {name!r}: {problem}", hint=f"mend {found[name].value}") from None
+
+    return checked
 
 
 def initial_weights(
@@ -314,5 +381,7 @@ def _share(name: str, value: float) -> float:
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> DdkError:
     names = list(known)
+    if not names:
+        return DdkError(f"there is no {what} {name!r}", hint="leave it out, it has none")
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     return DdkError(f"there is no {what} {name!r}", hint=f"use {nearest!r}, or one of {', '.join(names)}")

@@ -39,12 +39,16 @@ class DomainSampler:
     were dealt once, and an exhausted domain starts a freshly shuffled epoch. Where an interval
     spans the end of an epoch, the shuffle mixes both epochs' windows within that interval.
 
+    With `reshuffle` False every epoch of a domain has the order of its first, as the paper's "wraps
+    around" may be read.
+
     It keeps the current permutation of every domain it has drawn from: 8 bytes per window.
     """
 
-    def __init__(self, window_counts: Sequence[int], *, seed: int) -> None:
+    def __init__(self, window_counts: Sequence[int], *, seed: int, reshuffle: bool = True) -> None:
         self._window_counts = [int(count) for count in window_counts]
         self._seed = int(seed)
+        self._reshuffle = reshuffle
         if not self._window_counts or min(self._window_counts) < 0:
             raise ValueError(f"window_counts must be at least 0 each, got {self._window_counts}")
         if self._seed < 0:
@@ -136,6 +140,7 @@ class DomainSampler:
 
     def _epoch(self, domain: int, epoch: int) -> NDArray[np.int64]:
         """The order of the domain's windows in that epoch, int64 [window_counts[domain]]."""
+        epoch = epoch if self._reshuffle else 0
         cached = self._epochs.get(domain)
         if cached is None or cached[0] != epoch:
             stream = self._stream(_Purpose.EPOCH, domain, epoch)

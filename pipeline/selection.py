@@ -128,7 +128,7 @@ def _select_block(logits: Tensor, labels: Tensor, plan: Plan, uniforms: Tensor) 
     if len(live) < len(labels):
         logits, uniforms = logits[live], uniforms[:, live]
     logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    if not bool(torch.isfinite(logprobs.amax(1)).all()):
+    if bool(logprobs[:, 0].isnan().any()):  # NaN or +inf anywhere in a row make all of it NaN
         raise FloatingPointError("the teacher's logits hold NaN or infinity")
     label_logprobs = torch.full(labels.shape, float("nan"), device=logits.device)
     label_logprobs[live] = logprobs.gather(1, labels[live, None])[:, 0]
@@ -157,20 +157,23 @@ def pps(logprobs: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
     sum to 1. Draws run in token-id order (no sort needed; as good as the best order tried, facts/cache.md).
     """
     p = _blocks(logprobs)
-    head_ids, head_weights = _take_head(p, tau)
-    mass = p.sum((1, 2), dtype=torch.float64)
+    sums = p.sum(2)
+    head_ids, head_weights = _take_head(p, sums, tau)
+    outer = sums.double().cumsum(1)
+    mass = outer[:, -1]
     draws = torch.where(mass > 0, (mass / tau).ceil().clamp_min(1), 0).long()
     step = torch.arange(max(int(draws.max()), 1) if len(draws) else 1, device=p.device)
     live = step < draws[:, None]
     points = (offsets[:, None] + step) / draws.clamp_min(1)[:, None]  # in units of the rest's mass
-    ids, counts = _merge(torch.where(live, _draw(p, points.clamp_max(1.0)), PADDING_ID))
+    ids, counts = _merge(torch.where(live, _draw(p, outer, points.clamp_max(1.0)), PADDING_ID))
     share = (mass / draws.clamp_min(1))[:, None]
     return _build(torch.cat([head_ids, ids], dim=1), torch.cat([head_weights, counts * share], dim=1))
 
 
 def random_draws(logprobs: Tensor, uniforms: Tensor) -> SparseTargets:
     """n draws with replacement, weight count / n (Random Sampling KD, arXiv 2503.16870). uniforms float64 [N, n]."""
-    ids, counts = _merge(_draw(_blocks(logprobs), uniforms.sort(1).values))
+    p = _blocks(logprobs)
+    ids, counts = _merge(_draw(p, p.sum(2).double().cumsum(1), uniforms.sort(1).values))
     return _build(ids, counts.double())
 
 
@@ -184,31 +187,38 @@ def _blocks(logprobs: Tensor) -> Tensor:
     return p.view(n, width // BLOCK, BLOCK)
 
 
-def _take_head(p: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Entries >= tau of p [N, B, BLOCK] as padded ids [N, H] (-1) and float64 weights (0); zeroes them in p."""
-    row, block = (p.amax(2) >= tau).nonzero(as_tuple=True)  # few blocks hold any, so look only there
-    hit, lane = (p[row, block] >= tau).nonzero(as_tuple=True)
-    row, block = row[hit], block[hit]
+def _take_head(p: Tensor, sums: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Entries >= tau of p [N, B, BLOCK] as padded ids [N, H] (-1) and float64 weights (0).
+
+    Takes them out of p (they become zero) and of its block sums [N, B].
+    """
+    row, block = (sums >= tau * 0.999).nonzero(as_tuple=True)  # only these can hold any, rounding included
+    candidates = p[row, block]
+    at, lane = (candidates >= tau).nonzero(as_tuple=True)
+    weight = candidates[at, lane].double()
+    candidates[at, lane] = 0.0
+    sums[row, block] = candidates.sum(1)
+    row, block = row[at], block[at]
     counts = torch.bincount(row, minlength=len(p))
     slot = torch.arange(len(row), device=p.device) - (counts.cumsum(0) - counts)[row]
     shape = (len(p), int(counts.max()) if len(counts) else 0)
     ids = torch.full(shape, PADDING_ID, device=p.device)
     weights = torch.zeros(shape, dtype=torch.float64, device=p.device)
-    ids[row, slot] = block * BLOCK + lane
-    weights[row, slot] = p[row, block, lane].double()
+    ids[row, slot], weights[row, slot] = block * BLOCK + lane, weight
     p[row, block, lane] = 0.0
     return ids, weights
 
 
-def _draw(p: Tensor, points: Tensor) -> Tensor:
-    """Token ids at points [N, D], shares in [0, 1] of each row's mass cumulated in id order; p [N, B, BLOCK].
+def _draw(p: Tensor, outer: Tensor, points: Tensor) -> Tensor:
+    """Token ids at points [N, D], shares in [0, 1] of each row's mass cumulated in id order.
 
-    Two levels, blocks and then tokens inside one, each cumulated in float64: a float32 running sum over a
-    large vocabulary loses the tail, and a float64 one over all of it costs more than the softmax.
+    p [N, B, BLOCK]; outer float64 [N, B]: its block sums, cumulated. Two levels, blocks and then tokens inside one,
+    each cumulated in float64: a float32 running sum over a large vocabulary loses the tail, and a float64 one over
+    all of it costs more than the softmax. The sum of one block is good enough in float32.
     """
-    outer = p.sum(2, dtype=torch.float64).cumsum(1)
     block, residual = _find(outer, points * outer[:, -1:])
-    inner = torch.gather(p, 1, block[:, :, None].expand(-1, -1, BLOCK)).cumsum(2, dtype=torch.float64)
+    row = torch.arange(len(p), device=p.device)[:, None]
+    inner = p[row, block].cumsum(2, dtype=torch.float64)
     lane, _ = _find(inner.flatten(0, 1), residual.reshape(-1, 1))
     return block * BLOCK + lane.view(block.shape)
 

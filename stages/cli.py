@@ -245,6 +245,105 @@ def sweep(
 
 @app.command()
 @friendly
+def report(
+    place: Annotated[Path, typer.Argument(help="the folder of a run or of a sweep")],
+    kind: Annotated[
+        str, typer.Option("--format", help="html, or png or svg: every picture as a file")
+    ] = "html",
+    out: Annotated[
+        Path | None, typer.Option(help="the page, or the folder of the pictures; in PLACE if left out")
+    ] = None,
+) -> None:
+    """Show a run or a sweep: text here, and one self-contained HTML page. Also while it is unfinished.
+
+    \b
+    Example:
+      ddk-pipe report out/distill/student
+      ddk-pipe report out/sweeps/sweep
+      ddk-pipe report out/sweeps/sweep --format png --out pictures
+    """
+    from ddk_pipe.stages.report import report as run
+
+    run(place, kind=kind, out=out)
+
+
+@app.command()
+@friendly
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="the folder of a run, or any model folder")],
+    cache: Annotated[
+        str | None, typer.Option(help="the cache to evaluate by; the run's own if left out")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="validation windows per domain; all if left out")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="tasks of lm-eval, separated by commas (needs ddk-pipe[eval])")
+    ] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="folder with task files of your own; needs no network")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="examples per task")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON too")] = False,
+) -> None:
+    """Measure a student: per domain perplexity, bits/byte, agreement with the teacher and calibration; lm-eval's tasks.
+
+    The first four come from the cached validation windows: no teacher is loaded. A run keeps what was found, and its
+    report shows it.
+
+    \b
+    Example:
+      ddk-pipe evaluate out/distill/student
+      ddk-pipe evaluate out/distill/student --tasks my_questions --task-folder tasks
+      ddk-pipe evaluate some/model --cache out/cache --json
+    """
+    _prepare_machine()
+    from ddk_pipe.stages import evaluate as stage
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    found = stage.evaluate(student, stage.Request(cache, windows, names, task_folder, limit, device))
+    if as_json:
+        typer.echo(stage.to_text(found))
+
+
+@app.command()
+@friendly
+def export(
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    to: Annotated[Path, typer.Option(help="the folder to write")],
+    name: Annotated[str | None, typer.Option(help="the model's name; the run's if left out")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", "--licence", help="of the student: apache-2.0, mit, other, ...")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="en, de, ...; may be repeated")] = None,
+    data: Annotated[str | None, typer.Option(help="where the text comes from, and under which terms")] = None,
+    teacher_licence: Annotated[
+        str | None, typer.Option("--teacher-license", "--teacher-licence", help="of the teacher")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    push: Annotated[str | None, typer.Option(help="USER/NAME on the Hugging Face hub; private")] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: for everyone to see")] = False,
+) -> None:
+    """Write a run's student as a model folder to give away, with a model card filled from the record.
+
+    What the record cannot know (licences, languages, data) is asked for and never guessed: the card says "not stated".
+
+    \b
+    Example:
+      ddk-pipe export out/distill/student --to my-student --license apache-2.0 --language en
+      ddk-pipe export out/distill/student --to my-student --license mit --push me/my-student
+    """
+    _prepare_machine()
+    from ddk_pipe.stages.export import CardOptions, Target
+    from ddk_pipe.stages.export import export as write
+
+    options = CardOptions(name, licence, tuple(language or ()), data, teacher_licence)
+    write(run, Target(to, dtype, push, public), options)
+
+
+@app.command()
+@friendly
 def inspect(
     place: Annotated[str, typer.Argument(help="a folder that ddk-pipe wrote, or the URL of a cache")],
 ) -> None:

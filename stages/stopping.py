@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 GRACE_SECONDS = 25.0  # to finish or drop what is under way; whoever sends SIGTERM usually waits 30 s
 TERMINATED, INTERRUPTED = 143, 130  # exit statuses: 128 + the signal
@@ -30,6 +34,48 @@ def stops_in_time(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopFlag:
+    """Set by the first SIGTERM or Ctrl-C; work looks at it where it can stop with nothing half done."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.terminated = False
+        self.agreed = False  # what every process knows: never act on `asked` where others wait for this one
+
+    def set(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler. The second Ctrl-C stops at once."""
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked, self.terminated = True, number == signal.SIGTERM
+        if self.terminated:
+            _leave_after(GRACE_SECONDS, TERMINATED)
+
+    def anywhere(self, add_up: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> bool:
+        """True, on every process at the same call, if one of them was asked to stop; `add_up` sums over them."""
+        asked = add_up(np.array([float(self.asked), float(self.terminated)]))
+        self.agreed, self.terminated = bool(asked[0] > 0), bool(asked[1] > 0)
+        return self.agreed
+
+    def leave(self) -> NoReturn:
+        """Raise what the signal stands for."""
+        raise Terminated if self.terminated else KeyboardInterrupt
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Inside, SIGTERM and Ctrl-C set a flag. Outside the main thread, where Python allows no handler, nothing does."""
+    flag = StopFlag()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, flag.set) for number in numbers}
+    try:
+        yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ddk_pipe.pipeline import durable
+from ddk_pipe.pipeline.dense_kd import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd
 from ddk_pipe.pipeline.manifest import Project, Student
+from ddk_pipe.pipeline.measures import measure
 from ddk_pipe.pipeline.models import (
     check_length,
     forward_ends_in,
@@ -39,20 +41,32 @@ class DistillStudent(nn.Module):
         self.softcap = logit_softcap(lm)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, targets: SparseTargets | None, **options: Any
-    ) -> SparseKdLoss:
-        """tokens, labels int64 [windows, seq_len]; targets of windows * seq_len positions, or None for CE alone."""
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        targets: SparseTargets | DenseTargets | None,
+        *,
+        measuring: bool = False,
+        **options: Any,
+    ) -> SparseKdLoss | Tensor:
+        """tokens, labels int64 [windows, seq_len]; targets of windows * seq_len positions, or None for CE alone.
+
+        `measuring`: the sums of `pipeline.measures.measure` in place of the loss.
+        """
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self.lm.get_output_embeddings()
-        return linear_sparse_kd(
-            hidden.flatten(0, 1),
-            head.weight,
-            labels.flatten(),
-            targets,
-            bias=getattr(head, "bias", None),
-            softcap=self.softcap,
-            **options,
-        )
+        layer: dict[str, Any] = {"bias": getattr(head, "bias", None), "softcap": self.softcap}
+        if measuring:
+            assert isinstance(targets, SparseTargets)
+            return measure(hidden, head.weight, labels.flatten(), targets, **layer, **options)
+        if isinstance(targets, DenseTargets):
+            return linear_dense_kd(hidden, head.weight, labels.flatten(), targets, **layer, **options)
+        return linear_sparse_kd(hidden, head.weight, labels.flatten(), targets, **layer, **options)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return _layer_list(self.lm, int(text_config(self.lm.config).num_hidden_layers))[2]
 
 
 def logit_softcap(lm: Any) -> float | None:
@@ -184,13 +198,16 @@ def _layer_list(lm: Any, depth: int) -> tuple[nn.Module, str, nn.ModuleList]:
     )
 
 
-def save_student(lm: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an ordinary Hugging Face model folder; it has its name only once it is whole."""
+def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:
+    """Write an ordinary Hugging Face model folder; it has its name only once it is whole.
+
+    `weights` by the names of the model's own state, where the model itself holds only shards of them.
+    """
     partial = durable.partial_name(folder)
     durable.make_folder(folder.parent)
     try:
         lm.config.dtype = torch.float32
-        lm.save_pretrained(partial)
+        lm.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         for path in partial.iterdir():
             path.chmod(0o644)  # transformers writes the weights for their owner alone

@@ -24,6 +24,11 @@ def note_of(folder: Path, name: str) -> Path:
     return folder / "runs" / f"{name}.json"
 
 
+def read_note(note: Path) -> dict[str, Any]:
+    """What a note says, nothing if there is none."""
+    return dict(json.loads(note.read_bytes())) if note.is_file() else {}
+
+
 def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
     """A run's row: what it is, how it stands, and what its record says of the last validation.
 
@@ -53,8 +58,8 @@ def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
         }
     elif (last := last_row(run_folder, "steps")) is not None:
         row |= {"status": "unfinished", "steps": last["step"]}
-    if row["status"] != "finished" and note.is_file():
-        row |= {"status": "failed", "error": json.loads(note.read_bytes())["error"]}
+    if row["status"] != "finished" and (noted := read_note(note)):
+        row |= {"status": "failed", "error": noted["error"]}
     return row | _last_validation(run_folder)
 
 

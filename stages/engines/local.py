@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -18,7 +17,7 @@ from multiprocessing.process import BaseProcess
 
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport, Stopped
+from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport, Stopped, portable
 from ddk_pipe.stages.runtime import prepare_cpu
 
 Report = Callable[[ShardReport], None]
@@ -174,7 +173,7 @@ def _serve(job: Job, connection: Connection) -> None:
     try:
         maker = ShardMaker(job)
     except Exception as problem:  # noqa: BLE001 - whatever it is, the driver raises it
-        connection.send(_portable(problem))
+        connection.send(portable(problem))
         return
 
     def answer(shard: Shard) -> None:
@@ -183,7 +182,7 @@ def _serve(job: Job, connection: Connection) -> None:
         except Stopped:
             return
         except Exception as problem:  # noqa: BLE001 - the same
-            said = _portable(problem)
+            said = portable(problem)
         with lock, suppress(OSError):
             connection.send(said)
 
@@ -194,12 +193,3 @@ def _serve(job: Job, connection: Connection) -> None:
     maker.stop()
     pool.shutdown(cancel_futures=True)
     maker.close()
-
-
-def _portable(problem: Exception) -> Exception:
-    """The exception itself if another process can read it, else one that says the same."""
-    try:
-        pickle.loads(pickle.dumps(problem))
-        return problem
-    except Exception:  # noqa: BLE001 - constructors that take more than their message
-        return RuntimeError(f"{type(problem).__name__}: {problem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -171,3 +172,12 @@ class ShardMaker:
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
             raise Stopped
+
+
+def portable(problem: Exception) -> Exception:
+    """The exception itself if another process can read it, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(problem))
+        return problem
+    except Exception:  # noqa: BLE001 - constructors that take more than their message
+        return RuntimeError(f"{type(problem).__name__}: {problem}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport
+from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport, portable
 from ddk_pipe.stages.engines.ray_cluster import connect
 from ddk_pipe.stages.progress import say
 from ddk_pipe.stages.runtime import prepare_cpu
@@ -29,13 +29,21 @@ class Actor:
 
     def __init__(self, job: Job) -> None:
         prepare_cpu()
-        self.maker = ShardMaker(job)
+        self.maker: ShardMaker | None = None
+        self.problem: Exception | None = None
+        try:
+            self.maker = ShardMaker(job)
+        except Exception as problem:  # noqa: BLE001 - raised by `make`: an actor that cannot start has no last words
+            self.problem = portable(problem)
 
     def make(self, shard: Shard) -> ShardReport:
+        if self.maker is None:
+            raise self.problem or RuntimeError("no teacher")
         return self.maker.make(shard)
 
     def stop(self) -> None:
-        self.maker.stop()
+        if self.maker is not None:
+            self.maker.stop()
 
 
 @dataclass
@@ -116,7 +124,7 @@ def _dismiss(ray: Any, crew: list[_Worker]) -> None:
     """Let actors write what their teachers are done with, then end them."""
     calls = [call for worker in crew for call in worker.flights]
     for worker in crew:
-        worker.handle.stop.remote()
+        worker.handle.stop.options(max_task_retries=0).remote()
     deadline = time.monotonic() + (LEAVE_SECONDS if calls else 0.0)
     with suppress(Exception):
         ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()))

@@ -6,19 +6,28 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from caches import fill, groups, open_writer, write_shard
-from faults import FIRST, SECOND, Judge, killed, small_spec, start, write_pending, write_step_by_step
+from faults import (
+    FIRST,
+    SECOND,
+    Judge,
+    killed,
+    run_command,
+    small_spec,
+    start,
+    write_pending,
+    write_step_by_step,
+)
 from tiny import write_project
 
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.cache_verify import STALE_SECONDS, verify
 from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.stages.stopping import GRACE_SECONDS
 
 KILLS = 20
 
@@ -133,49 +142,55 @@ def test_what_killed_writers_leave_is_swept(judge: Judge, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_real_command_killed_and_stopped(
-    tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """`ddk-pipe cache-teacher` on a disk, by SIGKILL and SIGTERM in turn; then it equals the undisturbed run."""
-    place = tmp_path_factory.mktemp("command")
-    manifests = {}
-    for name in ("calm", "killed"):
-        (place / name).mkdir()
-        manifests[name] = write_project(place / name, tiny_teacher, cache={"shard_windows": 4})
-    calm = run_command(manifests["calm"])
-    assert calm.wait(120) == 0
-    judge = Judge(LocalFolder(place / "calm" / "out" / "cache"))
-    folder = LocalFolder(place / "killed" / "out" / "cache")
-    before = 0
-    for blow in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = run_command(manifests["killed"])
-        wait_for_shard(process, folder, before)
-        process.send_signal(blow)
-        assert process.wait(120) in (-blow, 128 + blow)
-        judge.committed(folder)
-        now = records(folder)
-        assert now > before
-        before = now
-    assert run_command(manifests["killed"]).wait(120) == 0
-    judge.complete(folder)
-    assert verify(folder).sound
+@pytest.mark.timeout(600)
+def test_the_real_command_killed_and_stopped(tiny_teacher: Path, tmp_path: Path) -> None:
+    """`ddk-pipe cache-teacher` by SIGKILL and SIGTERM in turn at random moments, until 20 have hit it at work.
+
+    Wherever it dies: what was committed stays, and in the end the cache equals the undisturbed run's.
+    """
+    calm = project_in(tmp_path / "calm", tiny_teacher)
+    began = time.monotonic()
+    assert blow(calm, signal.SIGKILL, after=120) == 0
+    usual = time.monotonic() - began
+    judge = Judge(cache_of(calm))
+    rng = random.Random(5)
+    blows: list[int] = []
+    caches = 0
+    while len(blows) < KILLS:
+        manifest = project_in(tmp_path / str(caches), tiny_teacher)
+        caches += 1
+        before, status = 0, 1
+        while status:
+            number = (signal.SIGKILL, signal.SIGTERM)[len(blows) % 2]
+            status = blow(manifest, number, after=rng.uniform(0.2, 0.8) * usual)
+            if status:
+                assert status in (-number, 128 + number), "ended by the signal, not by a failure"
+                blows.append(status)
+            if cache_of(manifest).exists("cache.json"):
+                now = judge.committed(cache_of(manifest))
+                assert now >= before, "a committed shard is lost"
+                before = now
+        judge.complete(cache_of(manifest))
+        assert verify(cache_of(manifest)).sound
+    assert 128 + signal.SIGTERM in blows, "some were told to stop while at work, and did so in order"
 
 
-def run_command(manifest: Path) -> subprocess.Popen[bytes]:
-    program = Path(sys.executable).with_name("ddk-pipe")
-    return subprocess.Popen(
-        [program, "cache-teacher", manifest], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def project_in(folder: Path, teacher: Path) -> Path:
+    folder.mkdir()
+    return write_project(folder, teacher, cache={"shard_windows": 8})
 
 
-def wait_for_shard(process: subprocess.Popen[bytes], folder: LocalFolder, before: int) -> None:
-    """Until one more shard is committed than `before`."""
-    for _ in range(6000):
-        if process.poll() is not None or records(folder) > before:
-            return
-        time.sleep(0.01)
+def cache_of(manifest: Path) -> LocalFolder:
+    return LocalFolder(manifest.parent / "out" / "cache")
 
 
-def records(folder: LocalFolder) -> int:
-    """Committed shards."""
-    return len(list(folder.path.glob("*/*/*.json")))
+def blow(manifest: Path, number: int, *, after: float) -> int:
+    """Run the command in a process of its own, hit it after so many seconds; its exit status (-signal, if killed)."""
+    process, connection = start(run_command, ["cache-teacher", str(manifest)])
+    connection.recv()
+    process.join(after)
+    if process.is_alive():
+        os.kill(process.pid or 0, number)
+    process.join(GRACE_SECONDS + 5)
+    assert process.exitcode is not None, "it did not end in time"
+    return process.exitcode

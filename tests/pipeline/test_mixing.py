@@ -1,6 +1,7 @@
 """Domain weights against the equations of arXiv 2407.16154 and a hand-computed table of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,3 +346,82 @@ def test_check_weights_removes_rounding_but_not_mistakes() -> None:
     assert check_weights(thirds, domains=3).sum() == 1.0
     with pytest.raises(ValueError, match=r"must sum to 1, got 1\.01"):
         check_weights(np.array([0.51, 0.5]), domains=2)
+
+
+def test_a_prior_takes_the_place_of_one_over_n() -> None:
+    student_ce, teacher_ce = losses(RATIOS)
+    weights, prior = np.full(N, 1 / N), SIZES / SIZES.sum()
+    ratio = np.exp(student_ce - teacher_ce)
+    psi = weights * np.exp(ratio)
+    expected = 0.3 * psi / psi.sum() + 0.7 * prior
+    np.testing.assert_allclose(
+        ddk(weights, student_ce, teacher_ce, alpha=0.3, prior=prior), expected, rtol=1e-12
+    )
+    even = ddk(weights, student_ce, teacher_ce, prior=weights)
+    np.testing.assert_allclose(even, ddk(weights, student_ce, teacher_ce), rtol=1e-12)
+    with pytest.raises(ValueError, match="must sum to 1"):
+        ddk(weights, student_ce, teacher_ce, prior=2 * prior)
+
+
+def test_a_clamp_makes_hopeless_domains_equal() -> None:
+    student_ce, teacher_ce = losses(np.array([20.0, 8.0, 1.5, 1.2]))
+    clamped = ddk(np.full(4, 0.25), student_ce, teacher_ce, largest_ratio=2.0)
+    expected = ddk(np.full(4, 0.25), *losses(np.array([2.0, 2.0, 1.5, 1.2])))
+    np.testing.assert_allclose(clamped, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="largest_ratio must be positive"):
+        ddk(np.full(4, 0.25), student_ce, teacher_ce, largest_ratio=0.0)
+
+
+def test_options_go_to_the_rule_and_unknown_ones_are_refused() -> None:
+    student_ce, teacher_ce = losses(RATIOS)
+    weights = np.full(N, 1 / N)
+    rule = make_rule("doremi", sizes=SIZES, options={"eta": 0.5})
+    np.testing.assert_array_equal(
+        rule(weights, student_ce, teacher_ce), doremi(weights, student_ce, teacher_ce, eta=0.5)
+    )
+    with pytest.raises(
+        DdkError, match="no option of the mixing rule doremi 'etta'; use 'eta', or one of eta, floor"
+    ):
+        make_rule("doremi", sizes=SIZES, options={"etta": 0.5})
+    with pytest.raises(
+        DdkError, match="no option of the mixing rule uniform 'eta'; leave it out, it has none"
+    ):
+        make_rule("uniform", sizes=SIZES, options={"eta": 0.5})
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's package with two rules, as pip would have installed it."""
+    (tmp_path / "users_rules.py").write_text(
+        "def largest(weights, student_ce, teacher_ce, *, share=0.9):\n"
+        "    out = weights * 0 + (1 - share) / (len(weights) - 1)\n"
+        "    out[(student_ce - teacher_ce).argmax()] = share\n"
+        "    return out\n"
+        "def broken(weights, student_ce, teacher_ce):\n"
+        "    return weights * 2\n"
+    )
+    info = tmp_path / "users_rules-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: users-rules\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[ddk_pipe.mixing]\nlargest = users_rules:largest\nbroken = users_rules:broken\n"
+        "gone = users_rules:gone\nuniform = users_rules:broken\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_users_own_rule_is_found_checked_and_never_in_place_of_ours() -> None:
+    student_ce, teacher_ce = losses(RATIOS)
+    weights = np.full(N, 1 / N)
+    found = make_rule("largest", sizes=SIZES, options={"share": 0.55})(weights, student_ce, teacher_ce)
+    np.testing.assert_allclose(found, [0.55, *[0.05] * 9])
+    with pytest.raises(
+        DdkError, match=r"mixing rule 'broken': weights must sum to 1, got 2\.0.*users_rules:broken"
+    ):
+        make_rule("broken", sizes=SIZES)(weights, student_ce, teacher_ce)
+    with pytest.raises(DdkError, match="'gone': users_rules:gone cannot be loaded"):
+        make_rule("gone", sizes=SIZES)
+    np.testing.assert_allclose(make_rule("uniform", sizes=SIZES)(weights, student_ce, teacher_ce), weights)
+    with pytest.raises(DdkError, match="no mixing rule 'larges'; use 'largest'"):
+        make_rule("larges", sizes=SIZES)

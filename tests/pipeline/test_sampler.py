@@ -280,3 +280,12 @@ def test_a_rank_outside_the_world_or_an_uneven_batch_is_refused() -> None:
         rank_slice(step, rank=4, world_size=4)
     with pytest.raises(ValueError, match="12 windows a step do not divide among 5 ranks"):
         rank_slice(step, rank=0, world_size=5)
+
+
+def test_repeated_epochs_have_the_order_of_the_first() -> None:
+    """One window an interval, so that the shuffle of an interval hides nothing."""
+    for reshuffle in (False, True):
+        sampler = DomainSampler([30], seed=3, reshuffle=reshuffle)
+        dealt = [int(sampler.draw_interval(np.ones(1), 1)[0, 1]) for _ in range(60)]
+        assert sorted(dealt[:30]) == sorted(dealt[30:]) == list(range(30))
+        assert (dealt[:30] == dealt[30:]) is not reshuffle

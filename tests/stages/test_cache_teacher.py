@@ -18,7 +18,7 @@ import pytest
 import torch
 from openers import Refuses
 from same_bytes import groups, shard_contents
-from tiny import MakeProject, make_model, make_tokenizer
+from tiny import MakeProject, break_weights, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -206,12 +206,7 @@ def test_the_teacher_waits_for_a_slow_disk_and_says_so(
 def test_nan_names_window_and_model_and_commits_nothing(
     project: Project, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(broken)
-    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    model.save_pretrained(broken)
+    broken = break_weights(tiny_teacher, tmp_path / "broken")
     status = tmp_path / "status.jsonl"
     project = load_project(project.root / "manifest.yaml", [f"teacher.model={broken}"])
     with pytest.raises(DdkError, match=rf"window \S*code/\S+: .* NaN or infinity \(model {broken}\)"):

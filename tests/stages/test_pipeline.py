@@ -28,10 +28,12 @@ from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.distill import Run, distill, learning_rate, target_entropy, teacher_ce
+from ddk_pipe.stages.distill import Run, distill
 from ddk_pipe.stages.inspect import inspect
 from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.students import build_student
+from ddk_pipe.stages.training.schedules import learning_rate
+from ddk_pipe.stages.training.sources import target_entropy, teacher_ce
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -132,7 +134,7 @@ def test_teacher_ce_in_the_cache_is_the_models_own(with_cache: Project, tiny_tea
 def test_student_equal_to_the_teacher_has_no_gap(with_cache: Project, tmp_path: Path) -> None:
     same = load_project(tmp_path / "manifest.yaml", ["student.keep_layers=[0, 1, 2]"])
     run = Run(same, {})
-    assert run._validate() == pytest.approx(run.teacher_ce, abs=1e-3)
+    assert run.validation.run().student_ce == pytest.approx(run.teacher_ce, abs=1e-3)
 
 
 # --- prepare --------------------------------------------------------------------------------------
@@ -254,17 +256,17 @@ def test_distill_continues_after_ctrl_c_as_if_it_had_never_stopped(
     distill(load_project(tmp_path / "manifest.yaml", ["distill.name=whole"]))
     real, calls = Run._step, []
 
-    def step(self: Run, position: Any, windows: Any) -> Any:
+    def step(self: Run, position: Any, *arguments: Any) -> Any:
         calls.append(position.step)
-        if position.step == 3 and len(calls) < 5:
-            raise KeyboardInterrupt
-        return real(self, position, windows)
+        if position.step == 2 and len(calls) < 4:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+        return real(self, position, *arguments)
 
     monkeypatch.setattr(Run, "_step", step)
     with pytest.raises(KeyboardInterrupt):
         distill(with_cache)
     distill(with_cache)
-    assert calls == [0, 1, 2, 3, 3, 4, 5]
+    assert calls == [0, 1, 2, 3, 4, 5]
     one, other = (tmp_path / "out" / "distill" / name for name in ("whole", "student"))
     timings = ("tokens_per_second", "data_wait_seconds")
     rows = [

@@ -60,7 +60,15 @@ def small_spec(**changes: Any) -> CacheSpec:
 # --- processes ------------------------------------------------------------------------------------
 
 _context = multiprocessing.get_context("forkserver")  # torch and zarr are imported once, not in every process
-_context.set_forkserver_preload(["ddk_pipe.pipeline.cache_verify", "zarr", "pytest"])
+_context.set_forkserver_preload(
+    [
+        "ddk_pipe.pipeline.cache_verify",
+        "ddk_pipe.stages.cache_teacher",
+        "ddk_pipe.stages.teachers.hf",
+        "zarr",
+        "pytest",
+    ]
+)
 
 
 def start(target: Callable[..., object], *args: object) -> tuple[BaseProcess, Connection]:
@@ -82,6 +90,16 @@ def write_pending(connection: Connection, folder: Folder, spec: CacheSpec) -> No
     """What a writing process does: everything that is not committed yet."""
     connection.send("ready")
     fill(folder, spec)
+
+
+def run_command(connection: Connection, arguments: list[str]) -> None:
+    """What the console script `ddk-pipe` does with these arguments; says so once it is about to begin."""
+    from ddk_pipe.stages.cli import main
+
+    sys.argv = ["ddk-pipe", *arguments]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    connection.send("ready")
+    main()
 
 
 def write_all(connection: Connection, folder: Folder, spec: CacheSpec) -> None:

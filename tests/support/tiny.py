@@ -78,6 +78,18 @@ def make_model(folder: Path, *, vocab_size: int, seed: int = 0, layers: int = 3,
     return folder
 
 
+def break_weights(teacher: Path, folder: Path) -> Path:
+    """A copy of a teacher whose predictions are NaN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_project(folder: Path, teacher: Path, /, **changes: Any) -> Path:
     """Two domains and a manifest in `folder`; keyword arguments replace sections of it."""
     for name, words in (("code", "return value index list"), ("plays", "king queen night crown")):

@@ -1,0 +1,145 @@
+"""The Ray engine on two nodes of one machine: a worker killed, a node lost, and nothing lost with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import pytest
+from same_bytes import groups, shard_contents
+from tiny import MakeProject, break_weights
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.stages.cache_teacher import Request, cache_teacher
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+]
+STORE_BYTES = 100 << 20
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head node and one more, of one CPU each; RAY_ADDRESS names it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    made.second = made.add_node(**node)
+    made.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def actors() -> list[psutil.Process]:
+    """Processes of our actors."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::Actor")
+    ]
+
+
+class Events:
+    """Follows a status stream, and acts once so many shards are done."""
+
+    def __init__(self, path: Path, actions: dict[int, Any]) -> None:
+        self.path, self.actions, self.ended = path, dict(actions), threading.Event()
+        self.acted: list[int] = []
+        self.thread = threading.Thread(target=self._follow)
+
+    def _follow(self) -> None:
+        while not self.ended.is_set():
+            done = self.done()
+            for number in [number for number in self.actions if number <= done]:
+                self.actions.pop(number)()
+                self.acted.append(done)
+            time.sleep(0.05)
+
+    def done(self) -> int:
+        return sum(event["event"] == "shard" for event in self.all())
+
+    def all(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def test_a_worker_killed_and_a_node_lost(
+    make_project: MakeProject, tmp_path: Path, cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_project(cache={"shard_windows": 4})
+    whole = load_project(path, ["output=whole"])
+    cache_teacher(whole)
+    project = load_project(path)
+    status = tmp_path / "status.jsonl"
+    nodes: set[int] = set()
+
+    def kill() -> None:
+        found = actors()
+        nodes.update(process.ppid() for process in found)
+        os.kill(found[0].pid, signal.SIGKILL)
+
+    def lose_a_node() -> None:
+        cluster.remove_node(cluster.second)
+
+    with Events(status, {5: kill, 15: lose_a_node}) as events:
+        outcome = cache_teacher(project, Request(engine="ray", status=status))
+    assert len(events.acted) == 2 and len(nodes) == 2, "both happened, and the actors were on two nodes"
+    cache, total = tmp_path / "out" / "cache", outcome.shards_done
+    assert shard_contents(cache) == shard_contents(tmp_path / "whole" / "cache")
+    finished = [event["shard"] for event in events.all() if event["event"] == "shard"]
+    assert len(finished) == len(set(finished)), "no shard is reported twice"
+    assert total <= len(shard_contents(cache)) <= len(groups(cache))
+    said = capsys.readouterr().err
+    assert "Ray actors" in said and "dashboard" in said and "logs under" in said
+    again = cache_teacher(project, Request(engine="ray"))
+    assert again.shards_done == 0 and "the teacher was not loaded" in capsys.readouterr().err
+
+
+def test_nan_on_an_actor_stops_the_run(
+    make_project: MakeProject, tmp_path: Path, tiny_teacher: Path, cluster: Any
+) -> None:
+    broken = break_weights(tiny_teacher, tmp_path / "broken")
+    project = load_project(make_project(), [f"teacher.model={broken}"])
+    with pytest.raises(DdkError, match=rf"window \S+: .* NaN or infinity \(model {broken}\)"):
+        cache_teacher(project, Request(engine="ray", workers=1))
+    assert not groups(tmp_path / "out" / "cache")
+
+
+def test_ray_not_installed(project_without_ray: Project) -> None:
+    with pytest.raises(DdkError, match=r"Ray is not installed; pip install 'ddk-pipe\[ray\]'"):
+        cache_teacher(project_without_ray, Request(engine="ray"))
+
+
+@pytest.fixture
+def project_without_ray(make_project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> Project:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else real(name, *rest)
+    )
+    return load_project(make_project())

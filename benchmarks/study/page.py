@@ -46,11 +46,15 @@ def read(table: str) -> tuple[dict[str, Runs], list[Row]]:
 
 
 def arm_name(settings: Row) -> str:
-    """What the field calls it."""
-    mixing, gamma = settings.get("distill.mixing", "ddk"), settings.get("distill.gamma", 0.2)
+    """What the field calls it, and what else it changes."""
+    settings = dict(settings)
+    mixing, gamma = settings.pop("distill.mixing", "ddk"), settings.pop("distill.gamma", 0.2)
+    name = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
     if mixing in ("natural", "uniform"):
-        return f"{'KD' if gamma else 'CPT'} {mixing}"
-    return str({"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing))
+        name = f"{'KD' if gamma else 'CPT'} {mixing}"
+    options = settings.pop("distill.mixing_options", {})
+    rest = {**options, **{field.split(".")[-1]: value for field, value in settings.items()}}
+    return ", ".join([name, *(f"{field} {value}" for field, value in rest.items())])
 
 
 def baselines() -> str:

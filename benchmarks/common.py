@@ -119,17 +119,22 @@ def report(
 
 def provenance() -> Row:
     """When, where, with what and how."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def commit() -> str:
+    """The checkout's commit; empty outside of one."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
 
 
 def processor() -> str:

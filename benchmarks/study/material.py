@@ -1,0 +1,199 @@
+"""What the study starts from: texts, a tokenizer, a teacher and two students, made once and kept.
+
+Everything here is input. The teacher and the starting points of the students are trained by cross-entropy alone, as a
+user's models would have been before ddk-pipe sees them; all that is compared afterwards goes through ddk-pipe.
+
+text       11 real domains, 3 MB each, cut to a Zipf mix (domain n has 1/n of the first one's tokens): the files alone are
+           equally large, and a natural mix that is even would make "natural" and "uniform" the same
+tokenizer  byte-level BPE of 4,096 tokens
+teacher    Llama, 128 wide, 3 layers, on all the text in equal shares
+student    Llama, 64 wide, 2 layers: `skewed` has seen its first three domains three times in four, `even` all alike
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# The first three are what the skewed student knows: the commonest of the Zipf mix.
+DOMAINS = (
+    "code_python",
+    "tech_docs_en",
+    "legal_en",
+    "speeches_en",
+    "code_go",
+    "encyclopedia_en",
+    "de_docs",
+    "literature_en",
+    "formal_math",
+    "zh_docs",
+    "zh_poetry",
+)
+KNOWN, KNOWN_SHARE = 3, 0.75
+VOCAB, SEQ_LEN = 4096, 256
+END = "<|endoftext|>"
+VALIDATION_EVERY = 20  # one document of so many, by its hash, as ../shared/data/README.md has it
+LARGEST_BYTES = 2_600_000  # of training text, in the first domain
+BATCH = 8  # windows
+RATE, WARMUP = 3e-3, 0.05
+TEACHER_TOKENS, STUDENT_TOKENS = 8_000_000, 614_400
+SHAPES = {"teacher": (128, 3), "student": (64, 2)}  # width, layers
+
+
+def make_material(corpus: Path, folder: Path) -> None:
+    """All of it in `folder`; what is there stays. `corpus` holds DOMAIN.jsonl.gz."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        _write_text(corpus, folder / "text", domain)
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        _train_tokenizer(folder / "text", tokenizer)
+    even = np.full(len(DOMAINS), 1 / len(DOMAINS))
+    rest = (1 - KNOWN_SHARE) / (len(DOMAINS) - KNOWN)
+    skewed = np.array([KNOWN_SHARE / KNOWN if n < KNOWN else rest for n in range(len(DOMAINS))])
+    wanted = {
+        "teacher": ("teacher", even, TEACHER_TOKENS, "all"),
+        "student-skewed": ("student", skewed, STUDENT_TOKENS, "train"),
+        "student-even": ("student", even, STUDENT_TOKENS, "train"),
+    }
+    for seed, (name, (shape, shares, tokens, part)) in enumerate(wanted.items()):
+        if not (folder / name).exists():
+            streams = _streams(folder / "text", tokenizer, part)
+            _pretrain(folder / name, shape, streams, shares, tokens, seed)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _write_text(corpus: Path, folder: Path, domain: str) -> None:
+    """all/, train/ and validation/DOMAIN.jsonl: all training text, its share of the Zipf mix, held-out text."""
+    paths = {part: folder / part / f"{domain}.jsonl" for part in ("all", "train", "validation")}
+    if all(path.exists() for path in paths.values()):
+        return
+    with gzip.open(corpus / f"{domain}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    held_out = [text for text in texts if _hash(text) % VALIDATION_EVERY == 0]
+    training = [text for text in texts if _hash(text) % VALIDATION_EVERY]
+    most = LARGEST_BYTES // (DOMAINS.index(domain) + 1)
+    # in the order of the hashes, so that the cut takes no special part of the corpus
+    mixed = list(_first_bytes(sorted(training, key=_hash), most))
+    for part, chosen in (("all", training), ("train", mixed), ("validation", held_out)):
+        paths[part].parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
+        paths[part].write_text(content, encoding="utf-8")
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+
+def _first_bytes(texts: list[str], most: int) -> Iterator[str]:
+    for text in texts:
+        most -= len(text.encode())
+        if most < 0:
+            return
+        yield text
+
+
+def _read(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def _train_tokenizer(text: Path, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    sources = [_read(text / "all" / f"{domain}.jsonl") for domain in DOMAINS]
+    tokenizer.train_from_iterator((document for source in sources for document in source), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+
+
+def _streams(text: Path, tokenizer: Path, part: str) -> list[NDArray[np.int64]]:
+    """The tokens of each domain, documents one after the other."""
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    streams = []
+    for domain in DOMAINS:
+        documents = encode(list(_read(text / part / f"{domain}.jsonl")), verbose=False).input_ids
+        ends = [[*document, encode.eos_token_id] for document in documents]
+        streams.append(np.concatenate([np.array(document, np.int64) for document in ends]))
+    return streams
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def _pretrain(
+    folder: Path,
+    shape: str,
+    streams: list[NDArray[np.int64]],
+    shares: NDArray[np.float64],
+    tokens: int,
+    seed: int,
+) -> None:
+    """Cross-entropy on random windows of domains drawn by `shares`; saves model and tokenizer in `folder`."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    width, layers = SHAPES[shape]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        intermediate_size=8 * width // 3 // 8 * 8,
+        max_position_embeddings=SEQ_LEN,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    rng = np.random.default_rng(seed)
+    steps, began = tokens // (BATCH * SEQ_LEN), time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(
+                (step + 1) / (WARMUP * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            )
+        chosen = rng.choice(len(streams), BATCH, p=shares)
+        starts = [int(rng.integers(len(streams[n]) - SEQ_LEN)) for n in chosen]
+        windows = [streams[n][at : at + SEQ_LEN] for n, at in zip(chosen, starts, strict=True)]
+        batch = torch.from_numpy(np.stack(windows))
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 200 == 0 or step == steps - 1:
+            print(
+                f"{folder.name}: step {step}/{steps}, {float(loss.detach()):.3f} nats, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(folder.parent / "tokenizer").save_pretrained(partial)
+    partial.rename(folder)

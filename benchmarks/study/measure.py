@@ -1,0 +1,113 @@
+"""Figures of finished students on windows that no run has seen: neither in training nor for its mixing weights.
+
+For each domain, means over labelled positions of the report windows:
+
+student_ce, teacher_ce   cross-entropy, nats/token; their difference is the gap
+kl                       KL(teacher || student) against the teacher's dense distribution, nats
+agreement                share of positions where both have the same likeliest token
+ece                      expected calibration error of the student's likeliest token, 15 equal bins (Guo et al. 2017)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddk_pipe.pipeline.cache import CacheReader
+from ddk_pipe.pipeline.storage import open_folder
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
+
+FOR_MIXING = 8  # validation windows that runs look at: distill.validation_windows of the manifest
+BINS = 15
+BATCH = 8  # windows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The report windows of one domain, and what the teacher says of them."""
+
+    tokens: Tensor  # int64 [windows, seq_len]
+    labels: Tensor  # int64 [positions], labelled ones
+    live: Tensor  # bool [windows, seq_len]
+    teacher: Tensor  # log-probabilities, float16 [positions, V]: 0.5 GB in all
+    natural_share: float  # the domain's, of all training windows
+
+
+class Measure:
+    """Reads the windows and runs the teacher once; then measures any number of students."""
+
+    def __init__(self, cache: Path, teacher: Path) -> None:
+        model = load(teacher)
+        reader = CacheReader(open_folder(cache), 1.0)
+        sizes = {domain: reader.size(domain, TRAIN).windows for domain in reader.spec.domains}
+        self.domains = {
+            domain: _windows(reader, domain, model, size / sum(sizes.values()))
+            for domain, size in sizes.items()
+        }
+
+    def student(self, folder: Path) -> list[dict[str, Any]]:
+        """One row a domain."""
+        model = load(folder)
+        return [{"domain": domain, **_figures(model, windows)} for domain, windows in self.domains.items()]
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """A causal language model for evaluation, float32."""
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def _windows(reader: CacheReader, domain: str, teacher: torch.nn.Module, natural_share: float) -> Windows:
+    count = reader.size(domain, VALIDATION).windows
+    cached = [reader.read(domain, VALIDATION, number) for number in range(FOR_MIXING, count)]
+    tokens = torch.from_numpy(np.stack([window.tokens for window in cached]).astype(np.int64))
+    labels = torch.from_numpy(np.stack([window.labels for window in cached]).astype(np.int64))
+    live = labels != NO_LABEL
+    return Windows(
+        tokens, labels[live], live, _log_probabilities(teacher, tokens, live).half(), natural_share
+    )
+
+
+@torch.no_grad()
+def _log_probabilities(model: torch.nn.Module, tokens: Tensor, live: Tensor) -> Tensor:
+    """Of the labelled positions, float32 [positions, V]."""
+    parts = []
+    for start in range(0, len(tokens), BATCH):
+        logits = model(input_ids=tokens[start : start + BATCH]).logits
+        parts.append(torch.log_softmax(logits[live[start : start + BATCH]], -1))
+    return torch.cat(parts)
+
+
+def _figures(model: torch.nn.Module, windows: Windows) -> dict[str, float]:
+    log_q = _log_probabilities(model, windows.tokens, windows.live)
+    log_p = windows.teacher.float()
+    confidence, guess = log_q.max(1)
+    right = (guess == windows.labels).double()
+    kl = torch.where(log_p > -16, log_p.exp() * (log_p - log_q), 0.0).sum(1)
+
+    def mean_nats(log: Tensor) -> float:
+        return float(-log.gather(1, windows.labels[:, None]).double().mean())
+
+    return {
+        "natural_share": windows.natural_share,
+        "positions": len(log_q),
+        "student_ce": mean_nats(log_q),
+        "teacher_ce": mean_nats(log_p),
+        "kl": float(kl.double().mean()),
+        "agreement": float((guess == log_p.argmax(1)).double().mean()),
+        "ece": _calibration_error(confidence.exp().double(), right),
+    }
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    place = (confidence * BINS).long().clamp_(max=BINS - 1)
+    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, confidence - right)
+    return float(gap.abs().sum() / len(right))

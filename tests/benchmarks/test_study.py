@@ -1,0 +1,46 @@
+"""The study's arithmetic, against what can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from estimates import Estimate, figures_of_run, holm, paired
+
+
+def test_standard_error_and_p() -> None:
+    found = Estimate.of([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.error == pytest.approx(1 / math.sqrt(3))
+    # Student's t with 2 degrees of freedom has the closed form p = 1 - t / sqrt(2 + t^2)
+    t = 2 * math.sqrt(3)
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
+def test_one_seed_has_no_error() -> None:
+    assert math.isnan(Estimate.of([1.0]).error)
+
+
+def test_paired_differences_use_the_common_seeds() -> None:
+    """What two arms share cancels: the error is that of the difference."""
+    found = paired({0: 10.1, 1: 20.1, 2: 30.1}, {0: 10.0, 1: 20.0, 3: 5.0})
+    assert (
+        found.seeds == 2 and found.mean == pytest.approx(0.1) and found.error == pytest.approx(0, abs=1e-12)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "adjusted"),
+    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([], [])],
+)
+def test_holm(given: list[float], adjusted: list[float]) -> None:
+    assert holm(given) == pytest.approx(adjusted)
+
+
+def test_figures_of_a_run() -> None:
+    rows = [
+        {"domain": "a", "student_ce": 3.0, "teacher_ce": 2.0, "natural_share": 0.75},
+        {"domain": "b", "student_ce": 5.0, "teacher_ce": 2.0, "natural_share": 0.25},
+    ]
+    found = figures_of_run([{**row, "kl": 1.0, "ece": 0.1, "agreement": 0.5} for row in rows])
+    assert found["mean_gap"] == 2 and found["worst_gap"] == 3
+    assert found["mean_ce"] == 4 and found["natural_ce"] == 3.5

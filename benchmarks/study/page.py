@@ -49,7 +49,7 @@ def arm_name(settings: Row) -> str:
     """What the field calls it, and what else it changes."""
     settings = dict(settings)
     mixing, gamma = settings.pop("distill.mixing", "ddk"), settings.pop("distill.gamma", 0.2)
-    name = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
+    name: str = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
     if mixing in ("natural", "uniform"):
         name = f"{'KD' if gamma else 'CPT'} {mixing}"
     options = settings.pop("distill.mixing_options", {})

@@ -48,8 +48,8 @@ def read(table: str) -> tuple[dict[str, Runs], list[Row]]:
 def arm_name(settings: Row) -> str:
     """What the field calls it, and what else it changes."""
     settings = dict(settings)
-    mixing, gamma = settings.pop("distill.mixing", "ddk"), settings.pop("distill.gamma", 0.2)
-    name: str = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
+    mixing, gamma = str(settings.pop("distill.mixing", "ddk")), settings.pop("distill.gamma", 0.2)
+    name = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
     if mixing in ("natural", "uniform"):
         name = f"{'KD' if gamma else 'CPT'} {mixing}"
     options = settings.pop("distill.mixing_options", {})

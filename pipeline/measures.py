@@ -54,22 +54,39 @@ def _chunk(logits: Tensor, labels: Tensor, targets: SparseTargets, temperature: 
     confidence, hit = confidence.exp().double(), (best == labels).double()
     log_t = log_q if temperature == 1 else (logits / temperature).log_softmax(1)
     target_ce = _target_ce(log_t, targets)
-    entropy = torch.special.entr(targets.logprobs.double().exp()).sum()
-    entropy = entropy + torch.special.entr(targets.tail.double().exp()).sum()
     speaks = (targets.ids >= 0).any(1) | (targets.tail > float("-inf"))
     agreement = 0.0
     if targets.ids.shape[1] and len(labels):
         heaviest = targets.ids.gather(1, targets.logprobs.argmax(1, keepdim=True))[:, 0]
         agreement = float((heaviest == best).sum())  # padding is -1: no token
+    per_bin = sums_by_confidence(confidence, hit)
+    sums = [
+        float(len(labels)),
+        float(ce),
+        float(target_ce),
+        target_entropy(targets),
+        agreement,
+        float(speaks.sum()),
+    ]
+    return torch.cat([torch.tensor(sums, dtype=torch.float64, device=logits.device), per_bin.flatten()])
+
+
+def sums_by_confidence(confidence: Tensor, hit: Tensor) -> Tensor:
+    """Positions, confidence and hits added up in bins of confidence, float64 [3, BINS]; both inputs float64 [N]."""
     bins = (confidence * BINS).long().clamp_(max=BINS - 1)
-    per_bin = torch.stack(
+    return torch.stack(
         [
-            torch.zeros(BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, values)
+            torch.zeros(BINS, dtype=torch.float64, device=confidence.device).index_add_(0, bins, values)
             for values in (torch.ones_like(confidence), confidence, hit)
         ]
     )
-    sums = [float(len(labels)), float(ce), float(target_ce), float(entropy), agreement, float(speaks.sum())]
-    return torch.cat([torch.tensor(sums, dtype=torch.float64, device=logits.device), per_bin.flatten()])
+
+
+def target_entropy(targets: SparseTargets) -> float:
+    """Sum over positions of -sum w log w, nats. KL plus this is the cross-entropy to the targets, which under a
+    sampled scheme is what has a meaning: the KL's value contains the entropy of the draws."""
+    entropy = torch.special.entr(targets.logprobs.double().exp()).sum()
+    return float(entropy + torch.special.entr(targets.tail.double().exp()).sum())
 
 
 def _target_ce(log_q: Tensor, targets: SparseTargets) -> Tensor:

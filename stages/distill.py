@@ -33,7 +33,7 @@ from ddk_pipe.stages.runtime import peak_memory_bytes, pick_device, pick_dtype
 from ddk_pipe.stages.stopping import StopFlag, stop_flag
 from ddk_pipe.stages.students import DistillStudent, build_student, save_student
 from ddk_pipe.stages.training.checkpoints import Checkpoints
-from ddk_pipe.stages.training.checks import prior_shares, shared_tokenizer, windows_per_step
+from ddk_pipe.stages.training.checks import mixing_rule, shared_tokenizer, windows_per_step
 from ddk_pipe.stages.training.optimizer import make_optimizer
 from ddk_pipe.stages.training.show import show_weights
 from ddk_pipe.stages.training.sources import CacheSource, OnlineSource, Source
@@ -131,7 +131,7 @@ class Run:
         self.windows_per_step = windows_per_step(self.options, project.manifest.seq_len, self.world.size)
         self.source = self._source()
         self.sizes = self.source.sizes
-        self.rule = self._rule()
+        self.rule = mixing_rule(self.options, self.domains, self.sizes)
         self.tokenizer = shared_tokenizer(project, self.source.tokenizer_digest)
         self.wrapped = wrap(self._student(), self.world, parallel=self.options.parallel, dtype=self._dtype())
         self.student = self.wrapped.student
@@ -156,17 +156,6 @@ class Run:
         if self.options.targets == "cache":
             return CacheSource(self.project)
         return OnlineSource(self.project, self.device, lead=self.world.leads, wait=self.world.wait)
-
-    def _rule(self) -> mixing.Rule:
-        options = self.options
-        return mixing.make_rule(
-            options.mixing,
-            alpha=options.alpha,
-            sizes=self.sizes,
-            prior=prior_shares(options, self.domains, self.sizes),
-            largest_ratio=options.largest_ratio,
-            options=options.mixing_options,
-        )
 
     def _student(self) -> DistillStudent:
         lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)

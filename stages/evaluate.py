@@ -16,17 +16,18 @@ import ddk_pipe
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.measures import SIZE, measure, summary
+from ddk_pipe.pipeline.measures import SIZE, summary
 from ddk_pipe.pipeline.models import be_quiet, head_is_plain, load_tokenizer, model_folder
 from ddk_pipe.pipeline.storage import Folder, open_folder
-from ddk_pipe.pipeline.targets import NO_LABEL, stack
+from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import VALIDATION, tokenizer_digest
 from ddk_pipe.stages.progress import say, track
-from ddk_pipe.stages.report_tables import evaluation_tables
+from ddk_pipe.stages.report_tables import evaluation_tables, show_table
 from ddk_pipe.stages.run_record import EVALUATION, RunRecord, is_run, load_run
 from ddk_pipe.stages.runtime import pick_device
-from ddk_pipe.stages.students import logit_softcap
-from ddk_pipe.stages.tables import new_table, terminal
+from ddk_pipe.stages.students import DistillStudent, logit_softcap
+from ddk_pipe.stages.tables import perplexity
+from ddk_pipe.stages.training.sources import sparse_batch, teacher_ce
 
 Result = dict[str, Any]
 
@@ -129,47 +130,30 @@ def _domain(
     *,
     exact: bool,
 ) -> Result:
-    sums: NDArray[np.float64] = np.zeros(SIZE)
+    student, sums = DistillStudent(model), torch.zeros(SIZE, dtype=torch.float64)
     for start in range(0, len(windows), request.batch_windows):
-        sums += _sums(model, windows[start : start + request.batch_windows], temperature)
-    labels = np.concatenate([window.labels for window in windows])
-    nats = np.concatenate([window.label_logprobs for window in windows])[labels != NO_LABEL]
-    teacher_ce = float(-nats.astype(np.float64).mean())
+        batch = sparse_batch(windows[start : start + request.batch_windows], model.device)
+        with torch.no_grad():
+            found = student(
+                batch.tokens, batch.labels, batch.targets, measuring=True, temperature=temperature
+            )
+        sums += found.cpu()
     size = sum(label_bytes(tokenizer, window.labels) for window in windows)
-    facts = summary(sums, exact=exact)
+    facts = summary(sums.numpy(), exact=exact)
+    teacher_nats = teacher_ce(windows)
     student_ce = float(facts["student_ce"] or 0.0)
-    positions = int((labels != NO_LABEL).sum())
+    positions = sum(int((window.labels != NO_LABEL).sum()) for window in windows)
     return {
         **facts,
-        "perplexity": math.exp(min(student_ce, 50.0)),
-        "teacher_ce": teacher_ce,
-        "teacher_perplexity": math.exp(min(teacher_ce, 50.0)),
+        "perplexity": perplexity(student_ce),
+        "teacher_ce": teacher_nats,
+        "teacher_perplexity": perplexity(teacher_nats),
         "bits_per_byte": student_ce * positions / math.log(2) / size if size else None,
-        "teacher_bits_per_byte": teacher_ce * positions / math.log(2) / size if size else None,
+        "teacher_bits_per_byte": teacher_nats * positions / math.log(2) / size if size else None,
         "windows": len(windows),
         "positions": positions,
         "bytes": size,
     }
-
-
-@torch.no_grad()
-def _sums(model: Any, windows: list[CachedWindow], temperature: float) -> NDArray[np.float64]:
-    device = model.device
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows])).to(device)
-    labels = torch.from_numpy(np.stack([window.labels for window in windows])).to(device)
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    found = measure(
-        hidden.flatten(0, 1),
-        head.weight,
-        labels.flatten(),
-        stack([window.targets for window in windows]).to(device),
-        bias=getattr(head, "bias", None),
-        softcap=logit_softcap(model),
-        temperature=temperature,
-    )
-    values: NDArray[np.float64] = found.cpu().numpy()
-    return values
 
 
 def label_bytes(tokenizer: Any, labels: NDArray[np.int64]) -> int:
@@ -195,10 +179,7 @@ def _keep(run: RunRecord, found: Result) -> Result:
 def _show(place: Path, found: Result) -> None:
     record = RunRecord(place, [], [], None, found)
     for table in evaluation_tables([record]):
-        shown = new_table(table.caption, *table.head)
-        for row in table.rows:
-            shown.add_row(*row)
-        terminal().print(shown)
+        show_table(table)
 
 
 def to_text(found: Result) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import is_url, open_folder
 from ddk_pipe.stages.inspect_cache import cache_tables
-from ddk_pipe.stages.tables import new_table, terminal
+from ddk_pipe.stages.tables import new_table, perplexity, terminal
 
 
 def inspect(place: str) -> None:
@@ -115,8 +115,6 @@ def summarise(validation: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def domain_table(title: str, domains: dict[str, dict[str, float]]) -> Table:
     """Perplexities and weights per domain."""
-    import math
-
     out = new_table(
         title, "domain", "teacher", "student before", "student after", "first weight", "last weight"
     )
@@ -124,7 +122,7 @@ def domain_table(title: str, domains: dict[str, dict[str, float]]) -> Table:
         out.add_row(
             escape(name),
             *(
-                f"{math.exp(min(facts[key], 50)):,.2f}"
+                f"{perplexity(facts[key]):,.2f}"
                 for key in ("teacher_ce", "student_ce_first", "student_ce_last")
             ),
             *(f"{facts[key]:.3f}" for key in ("weight_first", "weight_last")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddk_pipe.pipeline.storage import Folder
-from ddk_pipe.stages.tables import new_table
+from ddk_pipe.stages.tables import new_table, perplexity
 
 if TYPE_CHECKING:
     from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, Shard, ShardRecord
@@ -70,7 +69,7 @@ def _shards(spec: CacheSpec, records: Records) -> Table:
                 f"{sum(record.entries for record in mine) / max(positions, 1):.1f}",
                 f"{sum(record.target_bytes for record in mine) / max(positions, 1):.1f}",
                 f"{nats:.3f}" if positions else "",
-                f"{math.exp(min(nats, 50)):,.5g}" if positions else "",
+                f"{perplexity(nats):,.5g}" if positions else "",
             )
     return out
 

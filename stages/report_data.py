@@ -149,11 +149,6 @@ def standard_error(values: list[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def perplexity(nats: float) -> float:
-    """exp, which no broken run makes infinite."""
-    return math.exp(min(nats, 50.0))
-
-
 def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     """What a run was, in (name, text) pairs."""
     summary: dict[str, Any] = run.summary or {}

@@ -21,8 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ddk_pipe.stages.report_data import Group, Report, perplexity
+from ddk_pipe.stages.report_data import Group, Report
 from ddk_pipe.stages.run_record import RunRecord
+from ddk_pipe.stages.tables import perplexity
 
 COLOURS = (  # after Okabe and Ito: told apart by the colour-blind, and on white as on black
     "#0072B2",

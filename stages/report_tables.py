@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from ddk_pipe.stages.report_data import Report, perplexity
+from ddk_pipe.stages.report_data import Report
 from ddk_pipe.stages.run_record import RunRecord
-from ddk_pipe.stages.tables import new_table, terminal
+from ddk_pipe.stages.tables import new_table, perplexity, terminal
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,14 @@ def _figure(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def show_table(table: TableData) -> None:
+    """On standard output."""
+    shown = new_table(table.caption, *table.head)
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    terminal().print(shown)
+
+
 def show(report: Report) -> None:
     """The report as text on standard output."""
     console = terminal()
@@ -157,10 +165,7 @@ def show(report: Report) -> None:
     tables += [domain_rows(report.runs[0])] if len(report.runs) == 1 else []
     for table in [*tables, *evaluation_tables(report.runs)]:
         if table.rows:
-            shown = new_table(table.caption, *table.head)
-            for row in table.rows:
-                shown.add_row(*map(escape, row))
-            console.print(shown)
+            show_table(table)
     for run in report.unfinished:
         what = f"failed: {run.error}" if run.error else f"unfinished, at step {run.step:,}"
         console.print(escape(f"{run.name}: {what}"))

@@ -24,6 +24,7 @@ from ddk_pipe.stages.sweep_record import cache_changed, finished_tokens_per_seco
 from ddk_pipe.stages.sweep_run import Job, Outcome
 from ddk_pipe.stages.sweep_table import Row, note_of, row_of, show_results, write_results
 from ddk_pipe.stages.tables import new_table, terminal
+from ddk_pipe.stages.training.checks import windows_per_step
 
 ASK_BEYOND = 200  # runs: more are asked for
 LISTED = 30  # runs printed before a sweep starts
@@ -130,7 +131,7 @@ def _open(plan: Sweep, request: Request) -> _State:
     left = {}
     for name, project in projects.items():
         options = project.manifest.distill
-        windows = max(1, round(options.batch_tokens / project.manifest.seq_len))
+        windows = windows_per_step(options, project.manifest.seq_len)
         left[name] = options.steps * windows * project.manifest.seq_len
     at_once = request.parallel or 1
     state = _State(plan, folder, runs, projects, {}, left, at_once)

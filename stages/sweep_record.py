@@ -36,7 +36,7 @@ def write_record(
         key = (
             project.cache.name,
             project.manifest.cache.model_dump_json(),
-            getattr(project.manifest.distill, "targets", None),
+            project.manifest.distill.targets,
         )
         if key not in digests:
             digests[key] = cache_digest(project)

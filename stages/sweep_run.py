@@ -46,7 +46,7 @@ def cache_digest(project: Project) -> str | None:
     Raises DdkError if there is no cache, or if the manifest says other settings than the cache was made with: a
     sweep over `cache.tau` would otherwise train every student on the same targets.
     """
-    if getattr(project.manifest.distill, "targets", None) == "online":
+    if project.manifest.distill.targets == "online":
         return None
     spec = read_spec(project.cache)
     wanted, there = Plan.of(project.manifest.cache).settings(), spec.plan.settings()

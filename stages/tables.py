@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,3 +23,8 @@ def new_table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         out.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return out
+
+
+def perplexity(nats: float) -> float:
+    """exp, which no broken run makes infinite."""
+    return exp(min(nats, 50.0))

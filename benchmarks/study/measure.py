@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ddk_pipe.pipeline.cache import CacheReader
+from ddk_pipe.pipeline.measures import sums_by_confidence
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
 
 FOR_MIXING = 8  # validation windows that runs look at: distill.validation_windows of the manifest
-BINS = 15
 BATCH = 8  # windows
 
 
@@ -108,6 +108,5 @@ def _figures(model: torch.nn.Module, windows: Windows) -> dict[str, float]:
 
 
 def _calibration_error(confidence: Tensor, right: Tensor) -> float:
-    place = (confidence * BINS).long().clamp_(max=BINS - 1)
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, confidence - right)
-    return float(gap.abs().sum() / len(right))
+    positions, confident, hits = sums_by_confidence(confidence, right)
+    return float((confident - hits).abs().sum() / positions.sum())

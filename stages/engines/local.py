@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.engines.maker import DEPTH, Job, ShardMaker, ShardReport, Stopped, portable
 from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.stopping import gone_in_time
 
 Report = Callable[[ShardReport], None]
 STARTS_PER_WORKER = 4  # the first and three more: a worker that dies again and again is no accident
@@ -156,12 +156,7 @@ def _dismiss(crew: list[_Worker]) -> None:
     """Without a connection a worker drops the teacher's shard, writes the others and leaves."""
     for worker in crew:
         worker.connection.close()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    for worker in crew:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+    gone_in_time((worker.process for worker in crew), LEAVE_SECONDS)
 
 
 def _serve(job: Job, connection: Connection) -> None:

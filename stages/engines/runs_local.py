@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from ddk_pipe.stages.progress import say
-from ddk_pipe.stages.stopping import GRACE_SECONDS, stops_in_time
+from ddk_pipe.stages.stopping import GRACE_SECONDS, gone_in_time, stops_in_time
 from ddk_pipe.stages.sweep_run import Job, Outcome, run_one
 
 Report = Callable[[Outcome], None]
@@ -102,12 +101,7 @@ def _dismiss(crew: list[_Worker]) -> None:
             worker.process.terminate()
         with suppress(OSError):
             worker.connection.close()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for worker in crew:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+    gone_in_time((worker.process for worker in crew), GRACE_SECONDS)
 
 
 def _serve(connection: Connection) -> None:

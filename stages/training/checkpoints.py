@@ -194,7 +194,6 @@ class Checkpoints:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of student and optimizer by name, as they are (shards, where there are shards)."""
-        self.wrapped.reshard()
         tensors: dict[str, Tensor] = {}
         state = dict(self.optimizer.state)  # no defaultdict: a parameter without its moments must not pass
         for name, parameter in self.wrapped.student.named_parameters():

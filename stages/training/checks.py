@@ -8,7 +8,7 @@ import numpy as np
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project
-from ddk_pipe.pipeline.mixing import FloatArray
+from ddk_pipe.pipeline.mixing import FloatArray, Rule, make_rule
 from ddk_pipe.pipeline.models import load_tokenizer
 from ddk_pipe.pipeline.tokens import tokenizer_digest
 
@@ -45,6 +45,18 @@ def windows_per_step(options: Distill, seq_len: int, world_size: int = 1) -> int
             hint=f"set batch_tokens to a multiple of {world_size * seq_len}, or start another number of processes",
         )
     return windows
+
+
+def mixing_rule(options: Distill, domains: list[str], sizes: list[int]) -> Rule:
+    """The rule of distill.mixing with its options; raises DdkError for one that is unknown or does not fit."""
+    return make_rule(
+        options.mixing,
+        alpha=options.alpha,
+        sizes=sizes,
+        prior=prior_shares(options, domains, sizes),
+        largest_ratio=options.largest_ratio,
+        options=options.mixing_options,
+    )
 
 
 def prior_shares(options: Distill, domains: list[str], sizes: list[int]) -> FloatArray | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from ddk_pipe.pipeline import mixing
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project, Schedule, Student
-from ddk_pipe.stages.training.checks import prior_shares, windows_per_step
+from ddk_pipe.stages.training.checks import mixing_rule, windows_per_step
 from ddk_pipe.stages.training.validation_size import windows_per_domain
 
 TAIL_SCHEMES = ("threshold", "topk")
@@ -31,15 +30,7 @@ def check(project: Project) -> None:
         _check_targets(project)
     windows_per_step(options, manifest.seq_len, int(os.environ.get("WORLD_SIZE", "1")))
     domains = list(manifest.domains)
-    ones = [1] * len(domains)
-    mixing.make_rule(
-        options.mixing,
-        alpha=options.alpha,
-        sizes=ones,
-        prior=prior_shares(options, domains, ones),
-        largest_ratio=options.largest_ratio,
-        options=options.mixing_options,
-    )
+    mixing_rule(options, domains, [1] * len(domains))
 
 
 def _check_targets(project: Project) -> None:

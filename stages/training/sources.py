@@ -195,10 +195,3 @@ def teacher_ce(windows: list[CachedWindow]) -> float:
     """The teacher's CE on these windows, nats per token: the mean of the cached label log-probabilities."""
     labelled = np.concatenate([window.label_logprobs[window.labels != NO_LABEL] for window in windows])
     return float(-labelled.astype(np.float64).mean())
-
-
-def target_entropy(targets: SparseTargets) -> float:
-    """Sum over positions of -sum w log w, nats. KL plus this is the cross-entropy to the targets, which under a
-    sampled scheme is what has a meaning: the KL's value contains the entropy of the draws."""
-    entropy = torch.special.entr(targets.logprobs.double().exp()).sum()
-    return float(entropy + torch.special.entr(targets.tail.double().exp()).sum())

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill
+from ddk_pipe.pipeline.measures import target_entropy
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 from ddk_pipe.stages.training.schedules import gamma_at, learning_rate
-from ddk_pipe.stages.training.sources import Batch, Source, target_entropy
+from ddk_pipe.stages.training.sources import Batch, Source
 from ddk_pipe.stages.training.world import Wrapped
 
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.measures import target_entropy
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
@@ -33,7 +34,7 @@ from ddk_pipe.stages.inspect import inspect
 from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.students import build_student
 from ddk_pipe.stages.training.schedules import learning_rate
-from ddk_pipe.stages.training.sources import target_entropy, teacher_ce
+from ddk_pipe.stages.training.sources import teacher_ce
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -139,10 +139,10 @@ class SweepSpec(Section):
     stop_early: StopEarly | None = Field(None, description="end clearly bad groups early; none: never")
 
     @property
-    def fields(self) -> set[str]:
-        """Dotted names of all fields that the file sets."""
+    def fields(self) -> list[str]:
+        """Dotted names of all fields that the file sets, sorted."""
         space = self.search.space if self.search else {}
-        return {*self.set, *self.grid, *space, *(field for run in self.runs for field in run)}
+        return sorted({*self.set, *self.grid, *space, *(field for run in self.runs for field in run)})
 
     @property
     def size(self) -> int:
@@ -245,7 +245,7 @@ def load_sweep(path: Path) -> Sweep:
             f"{path}: a search and a grid (or runs)",
             hint="put what is to vary into search.space, or leave search out",
         )
-    for field in sorted(spec.fields):
+    for field in spec.fields:
         if field in OURS:
             raise DdkError(f"{path}: {field} cannot be varied", hint=OURS[field])
     manifest = Path(spec.manifest).expanduser()

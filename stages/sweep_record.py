@@ -104,8 +104,11 @@ def trials_before(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
         )
     trials: list[dict[str, Any]] = []
     for run in record["runs"]:
-        if run["changes"] not in trials:
-            trials.append(run["changes"])
+        values = {
+            field: run["changes"][field] for field in search["space"]
+        }  # the file is sorted, names are not
+        if values not in trials:
+            trials.append(values)
     return trials
 
 

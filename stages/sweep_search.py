@@ -87,7 +87,7 @@ def _part(dimension: Dimension) -> _Part:
     if step is not None and all(isinstance(value, int) for value in (low, high, step)):
         return _Part(IntDistribution(int(low), int(high), step=int(step)), int, int)
     if step is not None:
-        return _Part(FloatDistribution(low, high, step=step), float, float)
+        return _Part(FloatDistribution(low, high, step=step), lambda value: float(f"{value:.10g}"), float)
     distribution = FloatDistribution(low, high, log=dimension.log)
     return _Part(distribution, lambda value: min(max(float(f"{value:.{DIGITS}g}"), low), high), float)
 

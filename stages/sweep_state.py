@@ -92,9 +92,12 @@ class State:
         stands = {row["status"] for row in rows}
         if "failed" in stands or not stands <= set(ENDED):
             return Trial(runs[0].changes, "failed" if "failed" in stands else "running")
-        gap = statistics.fmean(row["gap_nats"] for row in rows)
-        state = "stopped early" if STOPPED in stands else "complete"
-        return Trial(runs[0].changes, state, gap, min(row["steps"] for row in rows))
+        return Trial(
+            runs[0].changes,
+            "stopped early" if STOPPED in stands else "complete",
+            statistics.fmean(row["gap_nats"] for row in rows),
+            min(row["steps"] for row in rows),
+        )
 
     def judge(self, name: str) -> Judge | None:
         """Who says whether the run is clearly bad; none where the file asks for no early stop."""

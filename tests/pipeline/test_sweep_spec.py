@@ -88,7 +88,7 @@ def test_short_names_that_tell_apart() -> None:
         ({"search": {"trials": 1, "space": {}}}, "search.space: Dictionary should have at least 1 item"),
         (
             {"search": {"trials": 1, "space": {"a.b": {"low": 0, "hihg": 1}}}},
-            "search.space.a.b.hihg: unknown key (and 1 more); did you mean high?",
+            "search.space.a.b.hihg: unknown key; did you mean high?",
         ),
         ({"search": {"trials": 1, "space": {"a": {"low": 0}}}}, "give low and high, or choices"),
         ({"search": {"trials": 1, "space": {"a": {"low": 2, "high": 1}}}}, "low 2 is not below high 1"),

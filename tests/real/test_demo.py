@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from sweeps import VARYING, start, wait_for
+from sweeps import SMALL, VARYING, start, wait_for
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -145,13 +145,13 @@ def test_four_students_from_the_demos_cache(demo: Demo, smollm: Path) -> None:
 
 
 def without_teacher(folder: Path, smollm: Path) -> Path:
-    """A manifest over the demo's cache that knows no teacher: its tokenizer, and the demo's student to start from."""
+    """A manifest over the demo's cache that knows no teacher but its tokenizer; small students of fresh weights."""
     AutoTokenizer.from_pretrained(smollm).save_pretrained(folder / "tokenizer")
     values = yaml.safe_load((folder / "manifest.yaml").read_text())
     values["teacher"]["model"] = "/nowhere"
     values["tokenizer"] = "tokenizer"
-    values["student"] = {"model": "distill/ddk/student"}
-    values["distill"] |= {"steps": 4, "interval_steps": 2}
+    values["student"] = {"config": SMALL}
+    values["distill"] |= {"steps": 4, "interval_steps": 2, "batch_tokens": 128}
     (folder / "students.yaml").write_text(yaml.safe_dump(values))
     return folder / "students.yaml"
 

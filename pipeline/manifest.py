@@ -52,7 +52,7 @@ class Domain(Section):
 
     train: list[Source] = Field(
         min_length=1,
-        description="files or globs (.jsonl, .parquet, plain text; .gz and .zst are unpacked), or datasets",
+        description="files, globs or folders (.jsonl, .parquet, plain text; .gz and .zst are unpacked), or datasets",
     )
     validation: list[Source] | None = Field(
         None, description="the same for validation; without it a share of the documents is set aside"
@@ -507,7 +507,7 @@ output: out                       # tokens/, cache/ and distill/ go here
 
 domains:                          # at least one; a name and where its text comes from
   notes:
-    train: [text/notes.jsonl]     # one {"text": ...} a line; also .jsonl.gz, .jsonl.zst, .parquet, *.txt
+    train: [text/notes.jsonl]     # one {"text": ...} a line; also .jsonl.gz, .jsonl.zst, .parquet, *.txt, a folder
   support_chat:
     train: [text/chats.jsonl]     # {"messages": [...]} a line: loss on the assistant's turns only
     # validation: [text/chats-validation.jsonl]   # without it 5% of the documents are set aside

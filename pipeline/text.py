@@ -37,7 +37,10 @@ class Document:
 
 
 def find_files(project: Project, sources: list[Source], *, field: str) -> list[Path]:
-    """Files behind the names and globs, sorted inside a glob; raises DdkError if one matches nothing."""
+    """Files behind the names, sorted inside a glob or a folder; raises DdkError if one matches nothing.
+
+    A folder stands for every file below it; like a glob it leaves out names that begin with a dot.
+    """
     files: list[Path] = []
     for source in sources:
         if isinstance(source, DatasetSource):
@@ -46,9 +49,13 @@ def find_files(project: Project, sources: list[Source], *, field: str) -> list[P
         if pattern.is_file():
             files.append(pattern)
             continue
-        if pattern.is_dir():
-            raise DdkError(f"{field}: {pattern} is a folder", hint=f"name its files, e.g. {source}/*.jsonl")
-        found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+        if pattern.is_dir() and project.output.resolve().is_relative_to(pattern.resolve()):
+            raise DdkError(
+                f"{field}: {pattern} is a folder that holds the output too",
+                hint=f"name its files, e.g. {source}/*.txt",
+            )
+        names = str(Path(glob.escape(str(pattern)), "**") if pattern.is_dir() else pattern)
+        found = sorted(Path(name) for name in glob.glob(names, recursive=True))
         found = [path for path in found if path.is_file()]
         if not found:
             raise DdkError(

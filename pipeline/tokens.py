@@ -308,7 +308,7 @@ def pack(
             if len(encoded.ids) > max_tokens:
                 raise DdkError(
                     f"{document.where}: a document of {len(encoded.ids):,} tokens is longer than a shard of {max_tokens:,}",
-                    hint="split the document, or raise cache.shard_windows",
+                    hint=f"split the document, or make cache.shard_windows {-(-len(encoded.ids) // max_tokens)} times as large",
                 )
             size = len((document.text or json.dumps(document.messages)).encode())
             writers(document).add(encoded, size)

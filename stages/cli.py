@@ -294,6 +294,9 @@ def verify(
 @friendly
 def demo(
     folder: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
+    material: Annotated[
+        bool, typer.Option("--material", help="write its text and its teacher only; seconds")
+    ] = False,
 ) -> None:
     """Run the whole pipeline on real text with a real teacher (SmolLM2-135M), in about ten minutes.
 
@@ -301,11 +304,12 @@ def demo(
     Example:
       ddk-pipe demo
       ddk-pipe inspect runs/demo
+      ddk-pipe demo --material      # a teacher to try your own text with: runs/demo/teacher
     """
     _prepare_machine()
     from ddk_pipe.stages.demo import demo as run
 
-    run(folder)
+    run(folder, material=material)
 
 
 def _project(manifest: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]

@@ -37,6 +37,8 @@ def sweep(
       set: {distill.steps: 500}
       grid: {distill.mixing: [ddk, uniform], distill.gamma: [0.2, 1.0]}
       seeds: [0, 1, 2]
+      stop_early: {after: 0.3}      (optional: the median rule)
+      search: {trials: 20, space: {distill.gamma: {low: 0, high: 1}}}      (in place of grid; needs ddk-pipe[optuna])
 
     \b
     Example:

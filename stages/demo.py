@@ -28,8 +28,11 @@ STAGES = ("prepare", "cache-teacher", "distill")
 PROMPTS = ("def main():", "You may copy and distribute", "KING: What news,")
 
 
-def demo(folder: Path) -> None:
-    """Run what is not done yet, then print the closing table and write summary.json."""
+def demo(folder: Path, *, material: bool = False) -> None:
+    """Run what is not done yet, then print the closing table and write summary.json.
+
+    With `material` only the text, the teacher and the manifest are written.
+    """
     began = time.monotonic()
     say("demo: collecting text from installed packages")
     demo_material.write_texts(folder / "text")
@@ -40,6 +43,9 @@ def demo(folder: Path) -> None:
         durable.write_file(
             manifest, importlib.resources.files("ddk_pipe.manifests").joinpath("demo.yaml").read_bytes()
         )
+    if material:
+        say(f"demo: {folder / 'text'}, {folder / 'teacher'} and {manifest} are there")
+        return
     for stage in STAGES:
         _run(stage, manifest)
     project = load_project(manifest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -30,7 +30,7 @@ from ddk_pipe.pipeline.prefetch import prefetch
 from ddk_pipe.pipeline.sampler import DomainSampler, rank_slice
 from ddk_pipe.stages.progress import say, track
 from ddk_pipe.stages.runtime import peak_memory_bytes, pick_device, pick_dtype
-from ddk_pipe.stages.stopping import StopFlag, stop_flag
+from ddk_pipe.stages.stopping import StopFlag, StoppedEarly, stop_flag
 from ddk_pipe.stages.students import DistillStudent, build_student, save_student
 from ddk_pipe.stages.training.checkpoints import Checkpoints
 from ddk_pipe.stages.training.checks import mixing_rule, shared_tokenizer, windows_per_step
@@ -80,15 +80,19 @@ class StepData:
     waited_seconds: float
 
 
-def distill(project: Project) -> dict[str, Any]:
-    """Train, validate and save one student; returns the run's summary. A finished run is not repeated."""
+def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> dict[str, Any]:
+    """Train, validate and save one student; returns the run's summary. A finished run is not repeated.
+
+    `is_bad` is asked at each step that ended in a validation and a checkpoint, but for the last: true raises
+    StoppedEarly. Run again, the run is asked about that step again and goes on from there.
+    """
     with join_world() as world:
         done = project.run / "run.json"
         settings = _settings(project)
         there = done.exists()
         world.wait()  # or a process that comes late would see what the first has finished meanwhile
         if not there:
-            return Run(project, settings, world).go()
+            return Run(project, settings, world, is_bad).go()
         summary = json.loads(done.read_bytes())
         if summary["settings"] != durable.digest(durable.to_json(settings)):
             raise _other_settings(project)
@@ -117,8 +121,14 @@ def _other_settings(project: Project) -> DdkError:
 class Run:
     """One student's training, on this process of its world."""
 
-    def __init__(self, project: Project, settings: dict[str, Any], world: World | None = None) -> None:
-        self.project, self.world = project, world or World()
+    def __init__(
+        self,
+        project: Project,
+        settings: dict[str, Any],
+        world: World | None = None,
+        is_bad: Callable[[int], bool] | None = None,
+    ) -> None:
+        self.project, self.world, self.is_bad = project, world or World(), is_bad
         self.options: Distill = project.manifest.distill
         self.settings = durable.digest(durable.to_json(settings))
         self.domains = list(project.manifest.domains)
@@ -214,6 +224,9 @@ class Run:
         done, total = position.step * tokens_per_step, self.options.steps * tokens_per_step
         with track("distill", total, "tokens", done=done) as advance:
             while position.step < self.options.steps and not position.finished:
+                # here, and not where the interval ends: a run killed in between is asked about the same step
+                if position.gap is not None and self.is_bad is not None and self.is_bad(position.step):
+                    raise StoppedEarly(position.step)
                 for data in self._steps_of_windows(position):
                     row = self._step(position, data)
                     record.add("steps", row)

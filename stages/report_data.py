@@ -6,7 +6,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ddk_pipe.pipeline.storage import Folder
 from ddk_pipe.pipeline.sweep_spec import load_sweep
 from ddk_pipe.stages.run_record import RunRecord, is_run, load_run
 from ddk_pipe.stages.sweep_record import read_record
+from ddk_pipe.stages.sweep_stop import STOPPED
 from ddk_pipe.stages.sweep_table import note_of, read_note
 
 
@@ -36,6 +37,11 @@ class Group:
     pairs: int = 0
 
     @property
+    def step(self) -> int:
+        """That all its runs have reached."""
+        return min(run.step for run in self.runs)
+
+    @property
     def by_seed(self) -> dict[int | None, float]:
         return {run.seed: run.gap_nats for run in self.runs if run.gap_nats is not None}
 
@@ -51,6 +57,9 @@ class Report:
     facts: list[tuple[str, str]]  # what was run, for people
     cache: list[tuple[str, str]]
     pending: int = 0  # runs of the sweep that have not begun
+    stopped: list[Group] = field(
+        default_factory=list
+    )  # early; gaps of where they stopped, the last one first
 
     @property
     def is_sweep(self) -> bool:
@@ -58,7 +67,7 @@ class Report:
 
     @property
     def unfinished(self) -> list[RunRecord]:
-        return [run for run in self.runs if not run.finished]
+        return [run for run in self.runs if not run.finished and not run.stopped_early]
 
     @property
     def domains(self) -> list[str]:
@@ -69,8 +78,7 @@ def load_report(place: Path) -> Report:
     """The report of a run's folder, a sweep's, or a sweep's file; raises DdkError for anything else."""
     if place.is_file():
         sweep = load_sweep(place)
-        place = sweep.expand()[0].project(sweep.manifest).output / "sweeps" / sweep.name
-        return _of_sweep(place)
+        return _of_sweep(sweep.output / "sweeps" / sweep.name)
     if (place / "sweep.json").is_file():
         return _of_sweep(place)
     if is_run(place):
@@ -101,19 +109,38 @@ def _of_sweep(folder: Path) -> Report:
         note = read_note(note_of(folder, entry["name"]))
         runs.append(
             load_run(
-                place, group=entry["group"], seed=entry["seed"], command=command, error=note.get("error")
+                place,
+                group=entry["group"],
+                seed=entry["seed"],
+                command=command,
+                error=note.get("error") or None,
+                stopped_early=note.get("status") == STOPPED and not (place / "run.json").is_file(),
             )
         )
     done = [run for run in runs if run.finished]
+    stopped = stopped_groups(runs)
+    early = {run.name for group in stopped for run in group.runs}
     facts = [
         ("sweep file", record["file"]),
         ("command", record["command"]),
-        ("runs", f"{len(done)} of {len(record['runs'])} finished"),
+        ("runs", f"{len(done)} of {len(record['runs'])} finished{_and_stopped(runs)}"),
         ("versions", ", ".join(f"{name} {value}" for name, value in record["versions"].items())),
     ]
     return Report(
-        f"Sweep {record['name']}", folder, runs, rank(done), facts, _cache_facts(runs), pending=pending
+        f"Sweep {record['name']}",
+        folder,
+        runs,
+        rank(run for run in done if run.name not in early),
+        facts,
+        _cache_facts(runs),
+        pending=pending,
+        stopped=stopped,
     )
+
+
+def _and_stopped(runs: list[RunRecord]) -> str:
+    count = sum(run.stopped_early for run in runs)
+    return f", {count} stopped early" if count else ""
 
 
 def rank(runs: Iterable[RunRecord]) -> list[Group]:
@@ -128,6 +155,17 @@ def rank(runs: Iterable[RunRecord]) -> list[Group]:
         groups.append(Group(name, members, statistics.fmean(gaps), standard_error(gaps)))
     groups.sort(key=lambda group: group.gap)
     return [group if group is groups[0] else _compared(group, groups[0]) for group in groups]
+
+
+def stopped_groups(runs: list[RunRecord]) -> list[Group]:
+    """Groups of which a run was stopped early, all their runs at the step of the first stop."""
+    groups = []
+    for name in dict.fromkeys(run.group for run in runs if run.stopped_early):
+        members = [run for run in runs if run.group == name and (run.stopped_early or run.finished)]
+        step = min(run.step for run in members)
+        gaps = [run.gap_at(step) for run in members]
+        groups.append(Group(name, members, statistics.fmean(gaps), standard_error(gaps)))
+    return sorted(groups, key=lambda group: (-group.step, group.gap))
 
 
 def _compared(group: Group, best: Group) -> Group:
@@ -154,7 +192,7 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
     summary: dict[str, Any] = run.summary or {}
     facts = [
         ("folder", str(run.folder)),
-        ("state", "finished" if run.finished else f"unfinished, at step {run.step:,}"),
+        ("state", state_of(run)),
     ]
     if run.command:
         facts.append(("command", run.command))
@@ -177,6 +215,15 @@ def run_facts(run: RunRecord) -> list[tuple[str, str]]:
         shown = ("mixing", "gamma", "temperature", "alpha", "interval_steps", "batch_tokens", "seed")
         facts.append(("settings", ", ".join(f"{key} {options[key]}" for key in shown if key in options)))
     return facts
+
+
+def state_of(run: RunRecord) -> str:
+    """How a run stands, in words."""
+    if run.finished:
+        return "finished"
+    if run.error:
+        return f"failed: {run.error}"
+    return f"{'stopped early' if run.stopped_early else 'unfinished'}, at step {run.step:,}"
 
 
 def _cache_facts(runs: list[RunRecord]) -> list[tuple[str, str]]:

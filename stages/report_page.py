@@ -9,9 +9,16 @@ import jinja2
 from markupsafe import Markup, escape
 
 import ddk_pipe
-from ddk_pipe.stages.report_data import Report, run_facts
+from ddk_pipe.stages.report_data import Report, run_facts, state_of
 from ddk_pipe.stages.report_figures import INK, Picture
-from ddk_pipe.stages.report_tables import TableData, answer, domain_rows, evaluation_tables, ranking_rows
+from ddk_pipe.stages.report_tables import (
+    TableData,
+    answer,
+    domain_rows,
+    evaluation_tables,
+    ranking_rows,
+    stopped_rows,
+)
 
 
 def page(report: Report, pictures: list[Picture]) -> str:
@@ -40,15 +47,15 @@ def page(report: Report, pictures: list[Picture]) -> str:
             {"name": picture.name, "title": picture.title, "svg": inline(picture)} for picture in pictures
         ],
         run_facts=run_facts,
+        state_of=state_of,
         version=ddk_pipe.__version__,
     )
 
 
 def _tables(report: Report) -> dict[str, list[TableData]]:
     domains = domain_rows(report.runs[0]) if len(report.runs) == 1 else None
-    ranking = ranking_rows(report)
     return {
-        "ranking": [ranking] if ranking.rows else [],
+        "ranking": [table for table in (ranking_rows(report), stopped_rows(report)) if table.rows],
         "domains": [domains] if domains and domains.rows else [],
         "evaluation": evaluation_tables(report.runs),
         "asked": [],

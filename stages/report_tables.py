@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from ddk_pipe.stages.report_data import Report
+from ddk_pipe.stages.report_data import Report, state_of
 from ddk_pipe.stages.run_record import RunRecord
 from ddk_pipe.stages.tables import new_table, perplexity, terminal
 
@@ -80,6 +80,19 @@ def ranking_rows(report: Report) -> TableData:
             ]
         )
     return TableData("Groups of runs that differ by their seed alone; ± is the standard error", head, rows)
+
+
+def stopped_rows(report: Report) -> TableData:
+    """Groups that the sweep's rule ended, apart from the ranking: their gaps are of fewer steps."""
+    rows = [
+        [group.name, str(len(group.runs)), f"{group.step:,}", _pm(group.gap, group.gap_error)]
+        for group in report.stopped
+    ]
+    return TableData(
+        "Stopped early by the median rule; gaps where they stopped",
+        ["group", "seeds", "step", "gap, nats/token"],
+        rows,
+    )
 
 
 def domain_rows(run: RunRecord) -> TableData:
@@ -161,11 +174,10 @@ def show(report: Report) -> None:
     console = terminal()
     console.print(escape(report.title))
     console.print(escape(answer(report)))
-    tables = [ranking_rows(report)]
+    tables = [ranking_rows(report), stopped_rows(report)]
     tables += [domain_rows(report.runs[0])] if len(report.runs) == 1 else []
     for table in [*tables, *evaluation_tables(report.runs)]:
         if table.rows:
             show_table(table)
     for run in report.unfinished:
-        what = f"failed: {run.error}" if run.error else f"unfinished, at step {run.step:,}"
-        console.print(escape(f"{run.name}: {what}"))
+        console.print(escape(f"{run.name}: {state_of(run)}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RunRecord:
     seed: int | None = None
     command: str | None = None
     error: str | None = None
+    stopped_early: bool = False  # by the sweep's rule
 
     @property
     def name(self) -> str:
@@ -55,6 +57,11 @@ class RunRecord:
     def gap_nats(self) -> float | None:
         """Mean over the domains at the last validation."""
         return sum(row["gap"] for row in self.last) / len(self.last) if self.validation else None
+
+    def gap_at(self, step: int) -> float:
+        """Mean over the domains at a validation; NaN if there was none at that step."""
+        gaps = [row["gap"] for row in self.validation if row["step"] == step]
+        return sum(gaps) / len(gaps) if gaps else math.nan
 
     @property
     def output(self) -> Path:

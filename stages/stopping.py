@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM (a spot instance that goes, a queue's time limit) and Ctrl-C."""
+"""Being told to stop: SIGTERM (a spot instance that goes, a queue's time limit), Ctrl-C, and a sweep's verdict."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ TERMINATED, INTERRUPTED = 143, 130  # exit statuses: 128 + the signal
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: unwinds like Ctrl-C, and ends in exit status 143."""
+
+
+class StoppedEarly(Exception):
+    """A run was found not worth its other steps; its checkpoint is of the step `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped early at step {step}")
+        self.step = step
 
 
 @contextmanager

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
-from ddk_pipe.pipeline.sweep_spec import RunSpec, Sweep, load_sweep
-from ddk_pipe.stages.progress import clock, say
+from ddk_pipe.pipeline.sweep_spec import Sweep, load_sweep
+from ddk_pipe.stages.progress import say
 from ddk_pipe.stages.stopping import stops_in_time
-from ddk_pipe.stages.sweep_record import cache_changed, finished_tokens_per_second, write_record
+from ddk_pipe.stages.sweep_record import cache_changed, write_record
 from ddk_pipe.stages.sweep_run import Job, Outcome
-from ddk_pipe.stages.sweep_table import Row, note_of, row_of, show_results, write_results
+from ddk_pipe.stages.sweep_search import need_optuna, propose
+from ddk_pipe.stages.sweep_state import ENDED, State
+from ddk_pipe.stages.sweep_stop import STOPPED
+from ddk_pipe.stages.sweep_table import Row, show_results
 from ddk_pipe.stages.tables import new_table, terminal
-from ddk_pipe.stages.training.checks import windows_per_step
 
 ASK_BEYOND = 200  # runs: more are asked for
 LISTED = 30  # runs printed before a sweep starts
@@ -50,43 +49,6 @@ class Request:
                 raise DdkError(f"{name} {value}: at least 1", hint=f"leave {name} out, or raise it")
 
 
-@dataclass
-class _State:
-    """The sweep while it runs."""
-
-    sweep: Sweep
-    folder: Path
-    runs: dict[str, RunSpec]
-    projects: dict[str, Project]
-    rows: dict[str, Row]
-    left_tokens: dict[str, int]  # of runs that are not finished
-    at_once: int
-    began: float = field(default_factory=time.monotonic)
-
-    def write(self, names: list[str]) -> None:
-        """Read the records of these runs again and write the table; what has ended takes no more time."""
-        for name in names:
-            self.rows[name] = row_of(self.runs[name], self.projects[name].run, note_of(self.folder, name))
-            if self.rows[name]["status"] in ("finished", "failed"):
-                self.left_tokens.pop(name, None)
-        write_results(self.folder, list(self.rows.values()))
-
-    def count(self, status: str) -> int:
-        return sum(row["status"] == status for row in self.rows.values())
-
-    def eta(self) -> str:
-        """Time to go by the rate of finished runs, of this sweep and of others beside it."""
-        rates = [row["tokens_per_second"] for row in self.rows.values() if row["status"] == "finished"]
-        output = next(iter(self.projects.values())).output
-        rates = rates or finished_tokens_per_second(output)
-        left = sum(self.left_tokens.values())
-        if not left:
-            return "nothing left to do"
-        if not rates:
-            return "no finished run to tell the time by yet"
-        return f"about {clock(left / statistics.median(rates) / self.at_once)} to go"
-
-
 def sweep(path: Path, request: Request | None = None) -> list[Row]:
     """Run what is not finished of the sweep file; returns the table, one row per run, in the file's order.
 
@@ -96,20 +58,28 @@ def sweep(path: Path, request: Request | None = None) -> list[Row]:
     request = request or Request()
     request.check()
     plan = load_sweep(path)
+    if plan.spec.search is not None and request.engine == "ray" and request.parallel is None:
+        raise DdkError(
+            f"{path}: a search on Ray needs to know how many runs at once", hint="add --parallel N"
+        )
     state = _open(plan, request)
     _announce(state, request)
     if request.dry_run:
         return list(state.rows.values())
+    if plan.spec.search is not None:
+        need_optuna()
     with _alone(state.folder):
         caches = write_record(state.folder, plan, state.runs, state.projects)
-        jobs = [_job(state, name, caches[name], request) for name in state.left_tokens]
-        for job in jobs:  # an earlier failure says nothing of the new attempt
-            note_of(state.folder, job.run.name).unlink(missing_ok=True)
-        state.write(list(state.left_tokens))
+        left = list(state.left_tokens)
+        for name in left:  # an earlier failure says nothing of the new attempt
+            state.note(name).unlink(missing_ok=True)
+        state.write(left)
         try:
-            if jobs:
+            if left or len(state.runs) < state.total:
                 with stops_in_time():
-                    _engine(request, jobs)(_listener(state))
+                    _engine(request, _jobs(state, caches, request), _threads(state, request))(
+                        _listener(state)
+                    )
         finally:
             state.write(list(state.left_tokens))
     return _close(state)
@@ -122,24 +92,10 @@ def status(path: Path) -> list[Row]:
     return list(state.rows.values())
 
 
-def _open(plan: Sweep, request: Request) -> _State:
+def _open(plan: Sweep, request: Request) -> State:
     if plan.spec.size > ASK_BEYOND and not request.yes:
         _ask(plan)
-    runs = {run.name: run for run in plan.expand()}
-    projects = {name: _project(plan, run) for name, run in runs.items()}
-    folder = next(iter(projects.values())).output / "sweeps" / plan.name
-    left = {}
-    for name, project in projects.items():
-        options = project.manifest.distill
-        windows = windows_per_step(options, project.manifest.seq_len)
-        left[name] = options.steps * windows * project.manifest.seq_len
-    at_once = request.parallel or 1
-    state = _State(plan, folder, runs, projects, {}, left, at_once)
-    for name, run in runs.items():
-        state.rows[name] = row_of(run, projects[name].run, note_of(folder, name))
-        if state.rows[name]["status"] == "finished":
-            del state.left_tokens[name]
-    return state
+    return State.open(plan, request.parallel or 1)
 
 
 def _ask(plan: Sweep) -> None:
@@ -150,29 +106,25 @@ def _ask(plan: Sweep) -> None:
         raise DdkError(f"{question}: not started", hint="make the grid smaller")
 
 
-def _project(plan: Sweep, run: RunSpec) -> Project:
-    try:
-        return run.project(plan.manifest)
-    except DdkError as mistake:
-        where = "" if run.group == "as in the manifest" else f" ({run.group})"
-        message = mistake.message.removeprefix(f"{plan.manifest}: ")
-        raise DdkError(f"{plan.path}{where}: {message}", hint=mistake.hint) from None
-
-
-def _announce(state: _State, request: Request) -> None:
+def _announce(state: State, request: Request) -> None:
     rows = list(state.rows.values())
     table = new_table(
-        f"sweep {state.sweep.name}: {len(rows):,} runs", "run", "seed", "status", "tokens to go"
+        f"sweep {state.sweep.name}: {state.total:,} runs", "run", "seed", "status", "tokens to go"
     )
     for row in rows[:LISTED]:
         left = state.left_tokens.get(row["run"])
         table.add_row(row["group"], str(row["seed"]), row["status"], f"{left:,}" if left else "")
-    terminal().print(table)
+    if rows:
+        terminal().print(table)
+    if search := state.sweep.spec.search:
+        fields = ", ".join(search.space)
+        say(f"sweep: {len(state.groups)} of {search.trials} trials of a search over {fields} have begun")
     if len(rows) > LISTED:
         say(f"sweep: and {len(rows) - LISTED:,} more")
     how = f"{state.at_once} at once" if request.parallel or request.engine == "local" else "on Ray"
-    done = state.count("finished")
-    say(f"sweep: {done} of {len(rows)} runs are finished, {how}, {state.eta()}")
+    done, stopped = state.count("finished"), state.count(STOPPED)
+    more = f", {stopped} were stopped early" if stopped else ""
+    say(f"sweep: {done} of {state.total} runs are finished{more}, {how}, {state.eta()}")
 
 
 @contextmanager
@@ -193,46 +145,77 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _job(state: _State, name: str, cache: str | None, request: Request) -> Job:
-    threads = request.threads
-    if threads is None and (request.engine == "ray" or state.at_once > 1):
-        threads = max(1, (os.cpu_count() or 1) // state.at_once) if request.engine == "local" else 1
+def _jobs(state: State, caches: dict[str, str | None], request: Request) -> Iterator[Job]:
+    """What is left to run; beyond that a search is asked whenever somebody has room for a run."""
+    for name in list(state.left_tokens):
+        yield _job(state, name, caches[name], request)
+    search = state.sweep.spec.search
+    while search is not None and len(state.groups) < search.trials:
+        values = propose(search, state.trials)
+        if values is None:
+            say("sweep: the search space holds nothing that was not tried")
+            return
+        runs = state.sweep.group(values)
+        state.add(runs)
+        caches = write_record(state.folder, state.sweep, state.runs, state.projects)
+        for run in runs:
+            if run.name in state.left_tokens:
+                yield _job(state, run.name, caches[run.name], request)
+
+
+def _job(state: State, name: str, cache: str | None, request: Request) -> Job:
     log = state.folder / "logs" / f"{name}.log" if state.at_once > 1 else None
-    return Job(state.runs[name], state.sweep.manifest, cache, threads, log)
+    threads = _threads(state, request)
+    return Job(state.runs[name], state.sweep.manifest, cache, threads, log, state.judge(name))
 
 
-def _engine(request: Request, jobs: list[Job]) -> Callable[[Callable[[Outcome], None]], None]:
+def _threads(state: State, request: Request) -> int | None:
+    """CPU threads of each run; none: torch's own choice."""
+    if request.threads is not None or (request.engine == "local" and state.at_once == 1):
+        return request.threads
+    return max(1, (os.cpu_count() or 1) // state.at_once) if request.engine == "local" else 1
+
+
+def _engine(
+    request: Request, jobs: Iterator[Job], threads: int | None
+) -> Callable[[Callable[[Outcome], None]], None]:
     if request.engine == "ray":
         from ddk_pipe.stages.engines import runs_ray
 
-        return lambda report: runs_ray.run(jobs, report, workers=request.parallel)
+        return lambda report: runs_ray.run(jobs, report, workers=request.parallel, threads=threads or 1)
     from ddk_pipe.stages.engines import runs_local
 
     return lambda report: runs_local.run(jobs, report, workers=request.parallel or 1)
 
 
-def _listener(state: _State) -> Callable[[Outcome], None]:
+def _listener(state: State) -> Callable[[Outcome], None]:
     """What hears of every run that ends: notes it, writes the table, says how far the sweep is."""
 
     def listen(outcome: Outcome) -> None:
         if outcome.status == "cache changed":
             raise cache_changed(state.projects[outcome.name].cache.name)
         note = {"status": outcome.status, "error": outcome.error, "seconds": outcome.seconds}
-        durable.write_file(note_of(state.folder, outcome.name), durable.to_json(note))
+        if outcome.status == STOPPED:
+            note |= {"step": outcome.step, "rule": state.rule}
+        durable.write_file(state.note(outcome.name), durable.to_json(note))
         state.write([outcome.name])
         row = state.rows[outcome.name]
-        told = (
-            f"failed: {outcome.error}"
-            if row["status"] == "failed"
-            else f"mean gap {row['gap_nats']:.4f} nats/token"
+        say(
+            f"sweep: {state.count(*ENDED)} of {state.total}: {row['group']}, seed {row['seed']}:"
+            f" {_told(row)}, {state.eta()}"
         )
-        ended = state.count("finished") + state.count("failed")
-        say(f"sweep: {ended} of {len(state.rows)}: {row['group']}, seed {row['seed']}: {told}, {state.eta()}")
 
     return listen
 
 
-def _close(state: _State) -> list[Row]:
+def _told(row: Row) -> str:
+    if row["status"] == "failed":
+        return f"failed: {row['error']}"
+    where = f"stopped early at step {row['steps']:,}, " if row["status"] == STOPPED else ""
+    return f"{where}mean gap {row['gap_nats']:.4f} nats/token"
+
+
+def _close(state: State) -> list[Row]:
     rows = list(state.rows.values())
     show_results(f"sweep {state.sweep.name}", rows)
     say(f"sweep: table in {state.folder / 'results.parquet'}; see `ddk-pipe report {state.folder}`")

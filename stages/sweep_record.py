@@ -53,7 +53,13 @@ def write_record(
         "command": shlex.join(["ddk-pipe", *sys.argv[1:]]),
         "caches": {**before, **caches},
         "runs": [
-            {"name": run.name, "group": run.group, "seed": run.seed, "overrides": list(run.overrides)}
+            {
+                "name": run.name,
+                "group": run.group,
+                "seed": run.seed,
+                "changes": run.changes,
+                "overrides": list(run.overrides),
+            }
             for run in runs.values()
         ],
         "versions": {"ddk_pipe": ddk_pipe.__version__},
@@ -79,6 +85,31 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise DdkError(f"{folder}: no sweep", hint="run `ddk-pipe sweep`") from None
     except (ValueError, TypeError):
         raise DdkError(f"{path}: damaged", hint="remove it; `ddk-pipe sweep` writes it again") from None
+
+
+def trials_before(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
+    """The values that a search has tried so far, in order: {dotted field: value} of each trial.
+
+    Raises DdkError if it was a search of something else: its findings say nothing of this one.
+    """
+    if not (folder / "sweep.json").is_file():
+        return []
+    record = read_record(folder)
+    before, now = record["spec"], sweep.spec.model_dump(mode="json")
+    then, search = before.get("search"), now["search"]
+    if before["set"] != now["set"] or not then or any(then[key] != search[key] for key in ("space", "seed")):
+        raise DdkError(
+            f"{sweep.path}: not the search that {folder.name} began as (set, space, seed)",
+            hint="give it another `name` to begin anew, or bring the old values back",
+        )
+    trials: list[dict[str, Any]] = []
+    for run in record["runs"]:
+        values = {
+            field: run["changes"][field] for field in search["space"]
+        }  # the file is sorted, names are not
+        if values not in trials:
+            trials.append(values)
+    return trials
 
 
 def finished_tokens_per_second(output: Path) -> list[float]:

@@ -15,8 +15,10 @@ from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.selection import Plan
 from ddk_pipe.pipeline.sweep_spec import RunSpec
 from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.stopping import StoppedEarly
+from ddk_pipe.stages.sweep_stop import Judge
 
-Status = Literal["finished", "failed", "cache changed"]
+Status = Literal["finished", "failed", "stopped early", "cache changed"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Job:
     cache: str | None  # digest of what the cache holds for this run, as the sweep began; none: needs no cache
     threads: int | None  # of torch on a CPU; none: torch's own choice
     log: Path | None  # where its lines go; none: to this process's standard error
+    judge: Judge | None = None  # says when it is clearly bad; none: it runs to its end
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Outcome:
     status: Status
     error: str = ""  # one line
     seconds: float = 0.0  # of everything, building the student included
+    step: int | None = None  # at which it was stopped early
 
 
 def cache_digest(project: Project) -> str | None:
@@ -77,6 +81,8 @@ def run_one(job: Job) -> Outcome:
     began = time.monotonic()
     try:
         _train(job)
+    except StoppedEarly as stop:
+        return Outcome(job.run.name, "stopped early", seconds=time.monotonic() - began, step=stop.step)
     except _CacheChanged:
         return Outcome(job.run.name, "cache changed", seconds=time.monotonic() - began)
     except DdkError as mistake:
@@ -107,7 +113,7 @@ def _train(job: Job) -> None:
     project = job.run.project(job.manifest)
     if cache_digest(project) != job.cache:
         raise _CacheChanged
-    distill(project)
+    distill(project, job.judge.is_bad if job.judge else None)
 
 
 def _line(text: str) -> str:

@@ -33,7 +33,7 @@ def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
     """A run's row: what it is, how it stands, and what its record says of the last validation.
 
     `gap_nats`, `student_ce` and `teacher_ce` are means over the domains, nats per token; with `.<domain>` of one.
-    `status` is finished, failed, unfinished or pending.
+    `status` is finished, stopped early, failed, unfinished or pending.
     """
     row: Row = {
         "run": run.name,
@@ -59,7 +59,7 @@ def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
     elif (last := last_row(run_folder, "steps")) is not None:
         row |= {"status": "unfinished", "steps": last["step"]}
     if row["status"] != "finished" and (noted := read_note(note)):
-        row |= {"status": "failed", "error": noted["error"]}
+        row |= {"status": noted["status"], "error": noted["error"] or None}
     return row | _last_validation(run_folder)
 
 
@@ -97,18 +97,20 @@ def write_results(folder: Path, rows: list[Row]) -> None:
 
 
 def show_results(title: str, rows: list[Row]) -> None:
-    """To the terminal: finished runs first, the smallest mean gap on top; then why runs failed."""
+    """To the terminal: finished runs first, the smallest mean gap on top, then those that were stopped early."""
     out = new_table(title, "run", "status", "steps", "mean gap, nats", "tokens/s", "seconds")
+    ranks = {"finished": 0, "stopped early": 1}
     order = sorted(
-        rows, key=lambda row: (row["status"] != "finished", row.get("gap_nats", float("inf")), row["run"])
+        rows,
+        key=lambda row: (ranks.get(row["status"], 2), row.get("gap_nats", float("inf")), row["run"]),
     )
     for row in order:
-        done = row["status"] == "finished"
+        done, ranked = row["status"] == "finished", row["status"] in ranks
         out.add_row(
             escape(_title(row)),
             row["status"],
             f"{row['steps']:,}",
-            f"{row['gap_nats']:.4f}" if done and "gap_nats" in row else "",
+            f"{row['gap_nats']:.4f}" if ranked and "gap_nats" in row else "",
             f"{row['tokens_per_second']:,.0f}" if done else "",
             f"{row['seconds']:,.0f}" if done else "",
         )

@@ -74,8 +74,9 @@ def test_every_manifest_in_the_docs_is_valid(tmp_path: Path) -> None:
             path.write_text(text)
             if "domains:" in text:
                 load_project(path)
-            elif "grid:" in text:
-                assert load_sweep(path).expand()
+            elif "grid:" in text or "search:" in text:
+                found = load_sweep(path)
+                assert found.expand() or found.spec.search
             else:
                 assert yaml.safe_load(text)
             seen += 1

@@ -9,8 +9,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -30,20 +29,20 @@ class _Worker:
     job: Job | None = None  # that it has and has not reported
 
 
-def run(jobs: list[Job], report: Report, *, workers: int) -> None:
-    """Hand the jobs out in order; `report` hears of each as it ends. What report() raises stops the others.
+def run(jobs: Iterator[Job], report: Report, *, workers: int) -> None:
+    """Hand the jobs out in order, each taken when there is a worker for it; `report` hears of each as it ends.
 
-    On Ctrl-C and SIGTERM (raised here as KeyboardInterrupt) the runs under way write their checkpoints first.
+    What report() raises stops the others. On Ctrl-C and SIGTERM (raised here as KeyboardInterrupt) the runs under
+    way write their checkpoints first.
     """
-    queue = deque(jobs)
-    crew = [_start() for _ in range(min(workers, len(jobs)))]
+    crew: list[_Worker] = []
     try:
-        while queue or any(worker.job for worker in crew):
-            for place, worker in enumerate(crew):
-                if worker.job is None and queue:
-                    crew[place] = _hand(worker, queue.popleft())
-            busy = [worker for worker in crew if worker.job]
-            ready = wait([worker.connection for worker in busy])
+        while True:
+            _hand_out(jobs, crew, workers)
+            busy = [worker.connection for worker in crew if worker.job]
+            if not busy:
+                return
+            ready = wait(busy)
             for place, worker in enumerate(crew):
                 if worker.job and worker.connection in ready:
                     outcome = _answer(worker)
@@ -53,6 +52,19 @@ def run(jobs: list[Job], report: Report, *, workers: int) -> None:
                     report(outcome)
     finally:
         _dismiss(crew)
+
+
+def _hand_out(jobs: Iterator[Job], crew: list[_Worker], workers: int) -> None:
+    """A job for everyone who has none, as long as there are some; workers start as they are needed."""
+    for place in range(workers):
+        if place < len(crew) and crew[place].job is not None:
+            continue
+        job = next(jobs, None)
+        if job is None:
+            return
+        if place == len(crew):
+            crew.append(_start())
+        crew[place] = _hand(crew[place], job)
 
 
 def _start() -> _Worker:

@@ -3,7 +3,7 @@ under the same paths (a shared file system; for the cache also an object store).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
@@ -12,24 +12,23 @@ from ddk_pipe.stages.progress import say
 from ddk_pipe.stages.sweep_run import Job, Outcome, run_one
 
 
-def run(jobs: list[Job], report: Callable[[Outcome], None], *, workers: int | None) -> None:
+def run(jobs: Iterator[Job], report: Callable[[Outcome], None], *, workers: int | None, threads: int) -> None:
     """Hand out the jobs, `workers` at once (none: as many as Ray has room for); `report` hears of each as it ends.
 
-    A GPU each, where the cluster has any. A run whose node is lost is started again by Ray and continues from its
-    checkpoint; one whose process dies again and again is reported as failed.
+    Each takes `threads` CPUs and a GPU, where the cluster has any. A run whose node is lost is started again by Ray
+    and continues from its checkpoint; one whose process dies again and again is reported as failed.
     """
     ray = connect("sweep")
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    threads = max((job.threads or 1) for job in jobs)
     say(f"sweep: Ray tasks of {threads} CPUs{' and a GPU' if gpus else ''} each")
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=3, scheduling_strategy="SPREAD")(run_one)
-    waiting = list(reversed(jobs))
     flights: dict[Any, Job] = {}
     try:
-        while waiting or flights:
-            while waiting and (workers is None or len(flights) < workers):
-                job = waiting.pop()
+        while True:
+            while (workers is None or len(flights) < workers) and (job := next(jobs, None)):
                 flights[task.remote(job)] = job
+            if not flights:
+                return
             for call in ray.wait(list(flights), num_returns=1)[0]:
                 report(_outcome(ray, call, flights.pop(call)))
     finally:

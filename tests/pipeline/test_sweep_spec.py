@@ -57,6 +57,14 @@ def test_size_is_known_without_making_the_runs(tmp_path: Path) -> None:
     assert write(tmp_path, grid=grid, seeds=list(range(10))).spec.size == 10**9
 
 
+def test_a_search_names_no_runs_before_it_is_run(tmp_path: Path) -> None:
+    found = write(
+        tmp_path, search={"trials": 20, "space": {"distill.gamma": {"low": 0, "high": 1}}}, seeds=[0, 1]
+    )
+    assert found.spec.size == 40 and found.expand() == []
+    assert [run.seed for run in found.group({"distill.gamma": 0.25})] == [0, 1]
+
+
 def test_short_names_that_tell_apart() -> None:
     assert describe({}) == "as in the manifest"
     assert describe({"distill.gamma": 1, "cache.path": "x"}) == "gamma=1, path=x"
@@ -74,6 +82,32 @@ def test_short_names_that_tell_apart() -> None:
         ({"runs": [{"distill.name": "x"}]}, "distill.name cannot be varied"),
         ({"set": {"output": "x"}}, "output cannot be varied"),
         ({"name": "../x"}, "name: String should match pattern"),
+        ({"stop_early": {"rule": "mean"}}, "stop_early.rule: Input should be 'median'"),
+        ({"stop_early": {"after": 1}}, "stop_early.after: Input should be less than 1"),
+        ({"search": {"space": {"a": {"choices": [1]}}}}, "search.trials: missing"),
+        ({"search": {"trials": 1, "space": {}}}, "search.space: Dictionary should have at least 1 item"),
+        (
+            {"search": {"trials": 1, "space": {"a.b": {"low": 0, "hihg": 1}}}},
+            "search.space.a.b.hihg: unknown key; did you mean high?",
+        ),
+        ({"search": {"trials": 1, "space": {"a": {"low": 0}}}}, "give low and high, or choices"),
+        ({"search": {"trials": 1, "space": {"a": {"low": 2, "high": 1}}}}, "low 2 is not below high 1"),
+        (
+            {"search": {"trials": 1, "space": {"a": {"low": 0, "high": 1, "log": True}}}},
+            "log needs low above 0",
+        ),
+        (
+            {"search": {"trials": 1, "space": {"a": {"choices": [1], "step": 1}}}},
+            "either choices, or a range",
+        ),
+        (
+            {"search": {"trials": 1, "space": {"a": {"choices": [1]}}}, "grid": {"b": [1]}},
+            "a search and a grid (or runs); put what is to vary into search.space",
+        ),
+        (
+            {"search": {"trials": 1, "space": {"distill.seed": {"choices": [1]}}}},
+            "distill.seed cannot be varied",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, values: dict[str, Any], expected: str) -> None:

@@ -89,8 +89,17 @@ def test_hugging_face_dataset_folder(tmp_path: Path) -> None:
         read(tmp_path, {"dataset": "data", "split": "no-such-split"})
 
 
-def test_folder_instead_of_files(tmp_path: Path) -> None:
-    with pytest.raises(DdkError, match="is a folder"):
+def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
+    """Below it too, in order; not for what a dot hides, and not for the folder that the output goes to."""
+    for name in ("notes/b.md", "notes/a.txt", "notes/deep/c.py", "notes/.git/config", "notes/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [document.text for document in read(tmp_path, "notes")]
+    assert found == ["notes/a.txt", "notes/b.md", "notes/deep/c.py"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DdkError, match=r"no file .*empty"):
+        find_files(project(tmp_path), ["empty"], field="f")
+    with pytest.raises(DdkError, match="is a folder that holds the output too"):
         find_files(project(tmp_path), ["."], field="f")
 
 

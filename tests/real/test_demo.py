@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from sweeps import SMALL, VARYING, start, wait_for
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ddk_pipe
 from ddk_pipe.stages import demo_material
 from ddk_pipe.stages.cli import app
+from ddk_pipe.stages.report_data import load_report
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -52,9 +59,19 @@ def test_converted_teacher_is_sane(smollm: Path) -> None:
     assert "Paris" in tokenizer.decode(answer)
 
 
-def test_the_whole_demo_small(texts: Path, smollm: Path, tmp_path: Path) -> None:
-    """Every stage by its own command, with vLLM where it is there; then once more, which does nothing."""
-    folder = tmp_path / "demo"
+@dataclass(frozen=True)
+class Demo:
+    """What `ddk-pipe demo` made of a cut-down manifest, and what it said."""
+
+    folder: Path
+    domains: list[str]
+    said: str
+
+
+@pytest.fixture(scope="module")
+def demo(texts: Path, smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Every stage by its own command, with vLLM where it is there."""
+    folder = tmp_path_factory.mktemp("small") / "demo"
     folder.mkdir()
     (folder / "text").symlink_to(texts)
     (folder / "teacher").symlink_to(smollm)
@@ -70,11 +87,15 @@ def test_the_whole_demo_small(texts: Path, smollm: Path, tmp_path: Path) -> None
     for domain in values["domains"]:
         values["domains"][domain] = {"train": str(texts / f"{domain}.jsonl")}
     (folder / "manifest.yaml").write_text(yaml.safe_dump(values))
-    runner = CliRunner()
-    first = runner.invoke(app, ["demo", "--folder", str(folder)])
+    first = CliRunner().invoke(app, ["demo", "--folder", str(folder)])
     assert first.exit_code == 0, first.output
-    summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["domains"]) == set(values["domains"])
+    return Demo(folder, list(values["domains"]), first.output)
+
+
+def test_the_whole_demo_small(demo: Demo) -> None:
+    """Its numbers; then once more, which does nothing."""
+    summary = json.loads((demo.folder / "summary.json").read_text())
+    assert set(summary["domains"]) == set(demo.domains)
     for facts in summary["domains"].values():
         assert set(facts) == {
             "teacher_ce",
@@ -88,9 +109,76 @@ def test_the_whole_demo_small(texts: Path, smollm: Path, tmp_path: Path) -> None
     assert set(summary["seconds"]) == {"prepare", "cache_teacher", "distill"}
     if importlib.util.find_spec("vllm"):
         assert summary["cache"]["backend"] == "vllm"
-    assert "mean validation gap" in first.output
-    before = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*")}
-    second = runner.invoke(app, ["demo", "--folder", str(folder)])
+    assert "mean validation gap" in demo.said
+    before = {path: path.stat().st_mtime_ns for path in (demo.folder / "cache").rglob("*")}
+    second = CliRunner().invoke(app, ["demo", "--folder", str(demo.folder)])
     assert second.exit_code == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*")}
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert before == {path: path.stat().st_mtime_ns for path in (demo.folder / "cache").rglob("*")}
+    assert json.loads((demo.folder / "summary.json").read_text()) == summary
+
+
+def test_four_students_from_the_demos_cache(demo: Demo, smollm: Path) -> None:
+    """Two rules times two seeds, with the teacher's folder out of reach and the import guard on; one sweep is killed."""
+    manifest = without_teacher(demo.folder, smollm)
+    grid = {"grid": {"distill.mixing": ["ddk", "uniform"]}, "seeds": [0, 1]}
+    undisturbed, killed = (write_sweep(manifest, name=name, **grid) for name in ("undisturbed", "killed"))
+    finish(undisturbed)
+    expected = rows_of(demo.folder, "undisturbed")
+    assert [row["status"] for row in expected] == ["finished"] * 4
+    assert len({row["gap_nats"] for row in expected}) == 4
+
+    child = start("sweep", killed, OMP_NUM_THREADS="2")
+    wait_for(lambda: list((demo.folder / "distill").glob("killed.*/run.json")))
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    done = {path: path.stat().st_mtime_ns for path in (demo.folder / "distill").glob("killed.*/run.json")}
+    assert 1 <= len(done) < 4
+    said = finish(killed)
+    assert f"{len(done)} of 4 runs are finished" in said
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # not repeated
+    assert rows_of(demo.folder, "killed") == expected
+
+    assert CliRunner().invoke(app, ["report", str(killed)]).exit_code == 0
+    page = (demo.folder / "sweeps/killed/report.html").read_text()
+    assert [group.name for group in load_report(killed).groups] == ranked(expected)
+    assert f"Best: {ranked(expected)[0]}, mean validation gap" in page and "4 of 4 finished" in page
+
+
+def without_teacher(folder: Path, smollm: Path) -> Path:
+    """A manifest over the demo's cache that knows no teacher but its tokenizer; small students of fresh weights."""
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder / "tokenizer")
+    values = yaml.safe_load((folder / "manifest.yaml").read_text())
+    values["teacher"]["model"] = "/nowhere"
+    values["tokenizer"] = "tokenizer"
+    values["student"] = {"config": SMALL}
+    values["distill"] |= {"steps": 4, "interval_steps": 2, "batch_tokens": 128}
+    (folder / "students.yaml").write_text(yaml.safe_dump(values))
+    return folder / "students.yaml"
+
+
+def write_sweep(manifest: Path, *, name: str, **values: Any) -> Path:
+    path = manifest.with_name(f"{name}.yaml")
+    path.write_text(yaml.safe_dump({"manifest": manifest.name, **values}))
+    return path
+
+
+def finish(file: Path) -> str:
+    """Run a sweep to its end; returns what it said."""
+    child = start("sweep", file, OMP_NUM_THREADS="2")
+    out, err = child.communicate(timeout=400)
+    assert child.returncode == 0, err
+    return out + err
+
+
+def rows_of(output: Path, name: str) -> list[dict[str, Any]]:
+    """A sweep's table without its runs' names and what clocks say."""
+    rows = pq.read_table(output / "sweeps" / name / "results.parquet").to_pylist()
+    return [{key: value for key, value in row.items() if key not in ("run", *VARYING)} for row in rows]
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[str]:
+    """Groups by their mean gap."""
+    gaps: dict[str, list[float]] = {}
+    for row in rows:
+        gaps.setdefault(row["group"], []).append(row["gap_nats"])
+    return sorted(gaps, key=lambda group: sum(gaps[group]))

@@ -14,8 +14,10 @@ from sweeps import project_without_teacher, results, start, wait_for, write_swee
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.sweep_spec import load_sweep
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.sweep import Request, sweep
+from ddk_pipe.stages.sweep_run import Job, run_one
 
 GRID: dict[str, Any] = {"grid": {"distill.mixing": ["ddk", "natural"]}, "seeds": [0, 1]}
 
@@ -131,6 +133,13 @@ def test_a_cache_that_changed_is_refused(prepared: Path, cached_output: Path) ->
     note.write_text(json.dumps(record))
     status, _, err = call("sweep", path)
     assert status == 2 and "not the cache that this sweep began with" in err
+
+
+def test_a_cache_that_changes_while_the_sweep_runs(prepared: Path) -> None:
+    """The next run sees it before it begins."""
+    (run,) = load_sweep(write_sweep(prepared)).expand()
+    outcome = run_one(Job(run, prepared, cache="what the sweep began with", threads=1, log=None))
+    assert outcome.status == "cache changed" and not (prepared.parent / "out/distill").exists()
 
 
 def test_settings_that_the_cache_was_not_made_with(prepared: Path) -> None:

@@ -38,7 +38,7 @@ NAMES = {  # of a table's arms
     "skipping": names.of_skipping,
 }
 BYTES, SECONDS, NOISE_SHARE = "bytes_per_position", "seconds", "noise_share"
-NOISE = "noise"
+NOISE, DENSE = "noise", names.of_targets({"distill.targets": "online"})
 Runs = dict[str, dict[int, dict[str, float]]]  # arm: seed: figures
 
 
@@ -86,7 +86,23 @@ def left_out() -> str:
 
 
 def targets() -> str:
-    return _by_start("targets", "dense, online", more={BYTES: "bytes/position"})
+    return _by_start("targets", DENSE, more={BYTES: "bytes/position"})
+
+
+def draw_targets(path: Path) -> None:
+    """The picture beside the table of targets."""
+    from picture import draw
+
+    (runs,) = read("targets")[0].values()
+    dense = _of(runs, DENSE, "mean_ce")
+    draw(
+        [
+            (arm, next(iter(seeds.values()))[BYTES], paired(_of(runs, arm, "mean_ce"), dense))
+            for arm, seeds in runs.items()
+            if arm != DENSE
+        ],
+        path,
+    )
 
 
 def noise() -> str:
@@ -195,3 +211,5 @@ def page() -> str:
 if __name__ == "__main__":
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "study.md"
     out.write_text(page(), encoding="utf-8")
+    if (HERE / "results" / "targets.parquet").exists():
+        draw_targets(out.with_name("study-targets.svg"))

@@ -189,8 +189,6 @@ def summarise(cache: Row, costs: dict[str, list[Row]]) -> tuple[list[Row], list[
             "name": f"{students} students, online / offline",
             "ratio_cache_excluded": excluded,
             "ratio_cache_included": included,
-            "ratio_of_training_alone": sum(row["training_seconds"] for row in costs["online"])
-            / sum(row["training_seconds"] for row in costs["offline"]),
             "break_even_students": break_even,
         }
     )

@@ -1,14 +1,16 @@
 """What the second student costs: four students from one cache, against four that run the teacher beside them.
 
-    PYTHONPATH=benchmarks python benchmarks/sweep.py [--json OUT] [--teacher FOLDER] [--steps 30] [--windows 32]
-        [--work DIR]
+    PYTHONPATH=benchmarks python benchmarks/sweep.py [--json OUT] [--teacher FOLDER] [--student NAME ...]
+        [--steps 30] [--windows 32] [--work DIR]
 
-Two mixing rules times two seeds, the same students, steps and batches on both sides: `ddk-pipe sweep` over a cache, and the
+What is saved grows with teacher / student, so there are two students: `seventh` has a seventh of the teacher's
+parameters, which is about the pairs of the DDK paper (14B to 1.8B, 13B to 1.1B), and `six_layers` keeps 6 of its 30
+layers and its whole vocabulary matrix, which leaves more than a third. Two mixing rules times two seeds, the same students, steps and batches on both sides: `ddk-pipe sweep` over a cache, and the
 same sweep file with `distill.targets: online` (a dense teacher in memory). Every run is a command of its own, offline and online in
 turn, and is charged everything it does: starting, building the student, validation, writing it. Costs are seconds of CPU of
 the command and its children, with the wall time beside them. The cache's cost is `ddk-pipe cache-teacher`; the text is prepared before,
 for both. The break-even is the number of students from which the cache has paid for itself:
-cache / (online - offline), per student. Needs a version whose manifest has `distill.targets`.
+cache / (online - offline), per student. A student replaces its own rows in OUT and leaves the others.
 """
 
 from __future__ import annotations
@@ -34,6 +36,21 @@ TEACHER = ROOT / "runs" / "demo" / "teacher"
 DOMAINS = ("python_code", "documentation", "licences", "plays")
 RULES, SEEDS = ("ddk", "uniform"), (0, 1)
 SIDES = ("offline", "online")
+STUDENTS: dict[str, Row] = {
+    "seventh": {
+        "config": {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        }
+    },
+    "six_layers": {"keep_layers": [0, 1, 2, 27, 28, 29]},
+}
 CHEAPER = 3.0  # the goal, cache excluded
 
 
@@ -46,10 +63,17 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--windows", type=int, default=32, help="training windows per domain")
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks" / "sweep")
+    options.add_argument("--student", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
     given = options.parse_args()
     if not given.teacher.is_dir():
         demo_material.write_teacher(given.teacher)
-    manifest = write_project(given.work, given.teacher, given.steps, given.windows)
+    for student in given.student:
+        measure(student, given)
+
+
+def measure(student: str, given: argparse.Namespace) -> None:
+    """Prepare, cache, train on both sides in turn, and report, all for one student."""
+    manifest = write_project(given.work, given.teacher, given.steps, given.windows, STUDENTS[student])
     run("prepare", manifest)
     cache = run("cache-teacher", manifest)
     costs: dict[str, list[Row]] = {side: [] for side in SIDES}
@@ -62,13 +86,15 @@ def main() -> None:
     report(
         *summarise(cache, costs),
         given.json,
+        part=student,
         steps=given.steps,
         windows=given.windows,
         students=len(costs["offline"]),
+        student_parameters=costs["offline"][0]["parameters"],
     )
 
 
-def write_project(work: Path, teacher: Path, steps: int, windows: int) -> Path:
+def write_project(work: Path, teacher: Path, steps: int, windows: int, student: Row) -> Path:
     """Text, manifest and nothing else: what an earlier call made is removed."""
     shutil.rmtree(work / "out", ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -79,7 +105,7 @@ def write_project(work: Path, teacher: Path, steps: int, windows: int) -> Path:
         "seq_len": 256,
         "prepare": {"validation_fraction": 0.2, "max_validation_windows": 2, "max_train_windows": windows},
         "teacher": {"model": str(teacher.absolute()), "backend": "hf"},
-        "student": {"keep_layers": [0, 1, 2, 27, 28, 29]},
+        "student": student,
         "distill": {
             "steps": steps,
             "batch_tokens": 1024,
@@ -137,6 +163,7 @@ def result(file: Path) -> Row:
         "training_seconds": row["seconds"],
         "gap_nats": row["gap_nats"],
         "tokens": row["tokens"],
+        "parameters": row["parameters"],
     }
 
 
@@ -162,8 +189,6 @@ def summarise(cache: Row, costs: dict[str, list[Row]]) -> tuple[list[Row], list[
             "name": f"{students} students, online / offline",
             "ratio_cache_excluded": excluded,
             "ratio_cache_included": included,
-            "ratio_of_training_alone": sum(row["training_seconds"] for row in costs["online"])
-            / sum(row["training_seconds"] for row in costs["offline"]),
             "break_even_students": break_even,
         }
     )

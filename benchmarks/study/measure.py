@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache import CacheReader
+from ddk_pipe.pipeline.cache import CacheReader, committed, read_spec
 from ddk_pipe.pipeline.measures import sums_by_confidence
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
@@ -55,6 +56,21 @@ class Measure:
         """One row a domain."""
         model = load(folder)
         return [{"domain": domain, **_figures(model, windows)} for domain, windows in self.domains.items()]
+
+
+def bytes_per_position(cache: Path) -> float:
+    """Of a cache: what the targets of a position with a label take."""
+    folder = open_folder(cache)
+    records = [record for _, record in committed(folder, read_spec(folder))]
+    return sum(record.target_bytes for record in records) / sum(record.positions for record in records)
+
+
+def shares_drawn(run: Path) -> dict[str, float]:
+    """Of the windows that a run trained on, the share of each domain."""
+    rows = pq.read_table(run / "validation.parquet", columns=["step", "domain", "windows_drawn"]).to_pylist()
+    last = max(row["step"] for row in rows)
+    drawn = {row["domain"]: row["windows_drawn"] for row in rows if row["step"] == last}
+    return {domain: windows / sum(drawn.values()) for domain, windows in drawn.items()}
 
 
 def load(folder: Path) -> torch.nn.Module:

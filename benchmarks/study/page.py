@@ -14,13 +14,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import names
 import pyarrow.parquet as pq
 from estimates import Estimate, Row, figures_of_run, holm, paired
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STARTS = {"material/student-skewed": "skewed start", "material/student-even": "even start"}
-SHOWN = {  # figure: its heading, and its unit
+SHOWN = {  # figure: its heading
     "mean_gap": "mean gap",
     "worst_gap": "worst gap",
     "natural_ce": "natural CE",
@@ -28,11 +29,21 @@ SHOWN = {  # figure: its heading, and its unit
     "ece": "ECE",
     "agreement": "agreement",
 }
+NAMES = {  # of a table's arms
+    "near": names.of_mixing,
+    "baselines": names.of_mixing,
+    "left_out": names.of_left_out,
+    "targets": names.of_targets,
+    "noise": names.of_mixing,
+    "skipping": names.of_skipping,
+}
+BYTES, SECONDS, NOISE_SHARE = "bytes_per_position", "seconds", "noise_share"
+NOISE, DENSE = "noise", names.of_targets({"distill.targets": "online"})
 Runs = dict[str, dict[int, dict[str, float]]]  # arm: seed: figures
 
 
 def read(table: str) -> tuple[dict[str, Runs], list[Row]]:
-    """Figures of a table's runs by start, and its rows."""
+    """Figures of a table's runs by start, and its rows. The noise domain counts in none of the figures."""
     rows = pq.read_table(HERE / "results" / f"{table}.parquet").to_pylist()
     by_run: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -41,49 +52,108 @@ def read(table: str) -> tuple[dict[str, Runs], list[Row]]:
     for domains in by_run.values():
         settings = json.loads(domains[0]["settings"])
         start = STARTS[settings.pop("student.model", "material/student-skewed")]
-        out[start][arm_name(settings)][domains[0]["seed"]] = figures_of_run(domains)
+        out[start][NAMES[table](settings)][domains[0]["seed"]] = _figures(domains)
     return out, rows
 
 
-def arm_name(settings: Row) -> str:
-    """What the field calls it, and what else it changes."""
-    settings = dict(settings)
-    mixing, gamma = str(settings.pop("distill.mixing", "ddk")), settings.pop("distill.gamma", 0.2)
-    name = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}.get(mixing, mixing)
-    if mixing in ("natural", "uniform"):
-        name = f"{'KD' if gamma else 'CPT'} {mixing}"
-    options = settings.pop("distill.mixing_options", {})
-    rest = {**options, **{field.split(".")[-1]: value for field, value in settings.items()}}
-    return ", ".join([name, *(f"{field} {value}" for field, value in rest.items())])
+def _figures(domains: list[Row]) -> dict[str, float]:
+    noise = next((row for row in domains if row["domain"] == NOISE), None)
+    return {
+        **figures_of_run([row for row in domains if row is not noise]),
+        SECONDS: domains[0]["seconds"],
+        **({BYTES: domains[0][BYTES]} if domains[0].get(BYTES) else {}),
+        **(
+            {NOISE_SHARE: noise["share_drawn"], "noise_gap": noise["student_ce"] - noise["teacher_ce"]}
+            if noise
+            else {}
+        ),
+    }
+
+
+# --- the tables -------------------------------------------------------------------------------------
+
+
+def near() -> str:
+    return _by_start("near", "KD uniform", "DDK")
 
 
 def baselines() -> str:
-    """All arms, then differences to KD uniform."""
-    by_start, rows = read("baselines")
-    return "\n".join([*(_arms(start, runs) for start, runs in by_start.items()), _footer(rows)])
+    return _by_start("baselines", "KD uniform")
 
 
-def _arms(start: str, runs: Runs, reference: str = "KD uniform") -> str:
-    head = ["arm", *SHOWN.values()]
-    lines = [f"### {start}", "", _row(head), _row(["---"] * len(head))]
+def left_out() -> str:
+    return _by_start("left_out", names.of_left_out({}))
+
+
+def targets() -> str:
+    return _by_start("targets", DENSE, more={BYTES: "bytes/position"})
+
+
+def draw_targets(path: Path) -> None:
+    """The picture beside the table of targets."""
+    from picture import draw
+
+    (runs,) = read("targets")[0].values()
+    dense = _of(runs, DENSE, "mean_ce")
+    draw(
+        [
+            (arm, next(iter(seeds.values()))[BYTES], paired(_of(runs, arm, "mean_ce"), dense))
+            for arm, seeds in runs.items()
+            if arm != DENSE
+        ],
+        path,
+    )
+
+
+def noise() -> str:
+    more = {NOISE_SHARE: "windows spent on noise", "noise_gap": "gap on noise"}
+    return _by_start("noise", "KD uniform", more=more)
+
+
+def skipping() -> str:
+    return _by_start("skipping", "exact", more={SECONDS: "seconds a run"})
+
+
+def _by_start(table: str, *references: str, more: dict[str, str] | None = None) -> str:
+    """All arms of each start, then their paired differences to each reference."""
+    by_start, rows = read(table)
+    parts = []
+    for start, runs in by_start.items():
+        parts += [f"### {start}", ""] if len(by_start) > 1 else []
+        parts += [_arms(runs, {**(more or {}), **SHOWN})]
+        parts += [_differences(runs, reference) for reference in references]
+    return "\n".join([*parts, _footer(rows)])
+
+
+def _arms(runs: Runs, shown: dict[str, str]) -> str:
+    head = ["arm", *shown.values()]
+    lines = [_row(head), _row(["---"] * len(head))]
     for arm, seeds in runs.items():
-        estimates = [Estimate.of([figures[name] for figures in seeds.values()]) for name in SHOWN]
-        lines.append(_row([arm, *map(_plain, estimates)]))
-    lines += [
+        lines.append(
+            _row([arm, *(_plain([figures.get(key) for figures in seeds.values()]) for key in shown)])
+        )
+    return "\n".join([*lines, ""])
+
+
+def _differences(runs: Runs, reference: str) -> str:
+    head = ["arm", *SHOWN.values()]
+    lines = [
+        f"Paired differences to {reference}; in brackets p of the mean gap and of the worst gap, each Holm over the arms:",
         "",
-        f"Paired differences to {reference}; in brackets p of the mean gap, Holm over the arms:",
-        "",
+        _row(head),
+        _row(["---"] * len(head)),
     ]
-    lines += [_row(head), _row(["---"] * len(head))]
     others = [arm for arm in runs if arm != reference]
-    differences = {
-        arm: {name: paired(_of(runs, arm, name), _of(runs, reference, name)) for name in SHOWN}
-        for arm in others
+    found = {
+        name: [paired(_of(runs, arm, name), _of(runs, reference, name)) for arm in others] for name in SHOWN
     }
-    adjusted = holm([differences[arm]["mean_gap"].p for arm in others])
-    for arm, p in zip(others, adjusted, strict=True):
-        cells = [_signed(differences[arm][name]) for name in SHOWN]
-        lines.append(_row([arm, f"{cells[0]} ({p:.2g})", *cells[1:]]))
+    tested = {name: holm([each.p for each in found[name]]) for name in ("mean_gap", "worst_gap")}
+    for place, arm in enumerate(others):
+        cells = [
+            _signed(found[name][place]) + (f" ({tested[name][place]:.2g})" if name in tested else "")
+            for name in SHOWN
+        ]
+        lines.append(_row([arm, *cells]))
     return "\n".join([*lines, ""])
 
 
@@ -91,8 +161,16 @@ def _of(runs: Runs, arm: str, name: str) -> dict[int, float]:
     return {seed: figures[name] for seed, figures in runs[arm].items()}
 
 
-def _plain(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} ± {estimate.error:.4f}"
+def _plain(values: list[float | None]) -> str:
+    """Mean and standard error; only the mean where all runs have the same."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    estimate = Estimate.of(there)
+    if len(set(there)) == 1:
+        return f"{estimate.mean:.4g}"
+    digits = 1 if estimate.mean >= 10 else 4
+    return f"{estimate.mean:.{digits}f} ± {estimate.error:.{digits}f}"
 
 
 def _signed(estimate: Estimate) -> str:
@@ -104,29 +182,34 @@ def _row(cells: list[str]) -> str:
 
 
 def _footer(rows: list[Row]) -> str:
-    seeds, first = len({row["seed"] for row in rows}), rows[0]
-    tokens = f"{first['tokens']:,} tokens"
+    first = rows[0]
+    seeds = len({row["seed"] for row in rows})
     versions = ", ".join(f"{name} {value}" for name, value in json.loads(first["versions"]).items())
+    made_by = ", ".join(sorted({row["commit"][:12] for row in rows}))
     return (
-        f"{seeds} seeds, {first['steps']} steps, {tokens}; nats/token, ± standard error over the seeds;"
-        f" {first['machine']}, commit {first['commit']}, {versions}."
+        f"{seeds} seeds, {first['steps']} steps, {first['tokens']:,} tokens; nats/token, ± standard error over the seeds;"
+        f" {first['machine']}, commit {made_by}, {versions}."
     )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__: part for part in (near, baselines, left_out, targets, noise, skipping)
+}
 
 
 def page() -> str:
     """The whole page; a table without results says so."""
-    parts: dict[str, Callable[[], str]] = {"baselines": baselines}
 
     def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        there = (HERE / "results" / f"{name}.parquet").exists()
-        return parts[name]() if there else "*Not run yet.*"
+        there = (HERE / "results" / f"{match[1]}.parquet").exists()
+        return PARTS[match[1]]() if there else "*Not run yet.*"
 
-    return re.sub(
-        r"^\{\{(\w+)\}\}$", fill, (HERE / "page.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    words = (HERE / "page.md").read_text(encoding="utf-8")
+    return re.sub(r"^\{\{(\w+)\}\}$", fill, words, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "study.md"
     out.write_text(page(), encoding="utf-8")
+    if (HERE / "results" / "targets.parquet").exists():
+        draw_targets(out.with_name("study-targets.svg"))

@@ -1,23 +1,26 @@
 """The study: does distilling from a cache with shifting domain weights work, and by how much? With error bars.
 
     python benchmarks/study/study.py [TABLE ...] [--folder runs/study] [--corpus ../shared/data/corpus] [--parallel 2]
-        [--seeds N] [--page docs/study.md]
+        [--seeds N] [--check]
 
-Makes texts, tokenizer, teacher and students (material.py), then goes through ddk-pipe's own commands: prepare,
-cache-teacher, and one sweep per table (the .yaml files beside this one). Every finished student is measured on windows
-that its run never saw (measure.py); the rows are kept as Parquet in results/, and the page is written from these
-alone (page.py). All of it resumes: what is finished is not done again. --seeds N: only the first N of each table.
+Makes the texts, tokenizer, teachers and students that the tables want (material.py), then goes through ddk-pipe's own
+commands: prepare, cache-teacher, and one sweep per table (the .yaml files beside this one). Every finished student is
+measured on windows that its run never saw (measure.py); the rows are kept as Parquet in results/, and the page is
+written from these alone (page.py). All of it resumes: what is finished is not done again.
+
+--seeds N: only the first N of each table. --check: of each table one run is made again from scratch, and compared
+with its rows: the figures have to be the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,13 +30,19 @@ from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
 
-from common import commit, processor
+from common import Row, commit, processor
 from material import make_material
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TABLES = ("baselines",)
+TABLES = ("near", "baselines", "left_out", "targets", "noise", "skipping")
+CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they change in study.yaml
+    "study.yaml": {},
+    "short.yaml": {"output": "short", "prepare": {"max_validation_windows": 32, "max_train_windows": 96}},
+}
+MADE_BEFORE = ("teacher.", "cache.", "domains.")  # fields that decide what a run's cache is
 COMMAND = [str(Path(sys.executable).with_name("ddk-pipe"))]
+SAME = 1e-9  # nats: one machine, one build of torch, one number of threads
 
 
 def main() -> None:
@@ -45,67 +54,132 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("../shared/data/corpus"))
     parser.add_argument("--parallel", type=int, default=2, help="students at once, one thread each")
     parser.add_argument("--seeds", type=int, help="of each table, the first so many")
+    parser.add_argument("--check", action="store_true", help="make one run of each table again and compare")
     arguments = parser.parse_args()
-    make_material(arguments.corpus, arguments.folder / "material")
-    shutil.copy(HERE / "study.yaml", arguments.folder)
-    _run("prepare", str(arguments.folder / "study.yaml"))
+    wrong = 0
     for table in arguments.tables:
-        run_table(table, arguments)
+        sweep = yaml.safe_load((HERE / f"{table}.yaml").read_text(encoding="utf-8"))
+        make_material(arguments.corpus, arguments.folder / "material", models(sweep))
+        if arguments.check:
+            wrong += not check(table, sweep, arguments.folder)
+        else:
+            sweep["seeds"] = sweep["seeds"][: arguments.seeds]
+            train(sweep, arguments.folder, arguments.parallel)
+            measure(sweep, arguments.folder)
+    if wrong:
+        raise SystemExit(f"study: {wrong} tables have a run that did not come out the same")
 
 
-def run_table(table: str, arguments: argparse.Namespace) -> None:
-    """Teacher, students and measurements of one table; its rows are in results/TABLE.parquet."""
-    sweep = yaml.safe_load((HERE / f"{table}.yaml").read_text(encoding="utf-8"))
-    sweep["seeds"] = sweep["seeds"][: arguments.seeds]
-    path = arguments.folder / f"{table}.yaml"
-    path.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
-    for overrides in caches(sweep):
-        sets = [
-            part for field, value in overrides.items() for part in ("--set", f"{field}={json.dumps(value)}")
-        ]
-        _run("cache-teacher", str(arguments.folder / "study.yaml"), *sets)
-    _run("sweep", str(path), "--parallel", str(arguments.parallel), "--threads", "1", "--yes")
-    measure(table, arguments.folder)
+# --- what a sweep needs -----------------------------------------------------------------------------
 
 
-def caches(sweep: dict[str, Any]) -> list[dict[str, Any]]:
-    """The caches that a sweep's runs need, each as its overrides of the manifest's section `cache`."""
-    needed = []
-    for run in sweep.get("runs", [{}]):
-        changes = {**sweep.get("set", {}), **run}
-        cache = {field: value for field, value in changes.items() if field.startswith("cache.")}
-        if cache not in needed:
-            needed.append(cache)
+def settings(sweep: Row) -> list[Row]:
+    """Of every run, seeds aside: what it changes."""
+    grid = sweep.get("grid", {})
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [{**sweep.get("set", {}), **point, **run} for run in sweep.get("runs", [{}]) for point in points]
+
+
+def models(sweep: Row) -> set[str]:
+    """The models of material.py that a sweep wants."""
+    base = {"teacher.model": "material/teacher", "student.model": "material/student-skewed"}
+    return {Path({**base, **run}[field]).name for run in settings(sweep) for field in base}
+
+
+def caches(sweep: Row) -> list[Row]:
+    """The caches that a sweep's runs need, each as its overrides of the manifest."""
+    needed: list[Row] = []
+    for run in settings(sweep):
+        changes = {field: value for field, value in run.items() if field.startswith(MADE_BEFORE)}
+        if changes not in needed:
+            needed.append(changes)
     return needed
 
 
-def measure(table: str, folder: Path) -> None:
-    """Measure the table's finished students that have no rows yet."""
-    from measure import Measure
+def write_manifest(name: str, folder: Path) -> Path:
+    values = {**yaml.safe_load((HERE / "study.yaml").read_text(encoding="utf-8")), **CHANGES[name]}
+    (folder / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return folder / name
 
-    path = RESULTS / f"{table}.parquet"
+
+# --- running and measuring --------------------------------------------------------------------------
+
+
+def train(sweep: Row, folder: Path, parallel: int) -> None:
+    """Caches and students of one sweep, in `folder`."""
+    manifest = write_manifest(sweep["manifest"], folder)
+    for changes in caches(sweep):
+        sets = [
+            part for field, value in changes.items() for part in ("--set", f"{field}={json.dumps(value)}")
+        ]
+        _run("prepare", str(manifest), *sets)
+        _run("cache-teacher", str(manifest), *sets)
+    path = folder / f"{sweep['name']}.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    _run("sweep", str(path), "--parallel", str(parallel), "--threads", "1", "--yes")
+
+
+def measure(sweep: Row, folder: Path) -> None:
+    """Add the finished students that have no rows yet to results/TABLE.parquet."""
+    path = RESULTS / f"{sweep['name']}.parquet"
     rows = pq.read_table(path).to_pylist() if path.exists() else []
-    known = {row["run"] for row in rows}
-    runs = pq.read_table(folder / "sweeps" / table / "results.parquet").to_pylist()
-    waiting = [run for run in runs if run["status"] == "finished" and run["run"] not in known]
+    rows += measured(sweep, folder, {row["run"] for row in rows})
+    RESULTS.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def measured(sweep: Row, folder: Path, known: set[str]) -> list[Row]:
+    """Rows of the sweep's finished students but the known ones: one a run and domain."""
+    from measure import Measure, bytes_per_position, shares_drawn
+
+    output = folder / CHANGES[sweep["manifest"]].get("output", ".")
+    finished = pq.read_table(output / "sweeps" / sweep["name"] / "results.parquet").to_pylist()
+    waiting = [run for run in finished if run["status"] == "finished" and run["run"] not in known]
     if not waiting:
-        return
-    machine, made_by = processor(), commit()
-    measured = Measure(folder / "cache", folder / "material" / "teacher")
+        return []
+    made_by, rows = {"machine": processor(), "commit": commit()}, []
+    first = {"teacher.model": "material/teacher", "cache.path": "cache", **settings(sweep)[0]}
+    figures = Measure(folder / first["cache.path"], folder / first["teacher.model"])
     for number, run in enumerate(waiting, 1):
-        summary = json.loads((folder / "distill" / run["run"] / "run.json").read_bytes())
+        at = output / "distill" / run["run"]
+        summary = json.loads((at / "run.json").read_bytes())
+        cache = folder / {**first, **json.loads(run["settings"])}["cache.path"]
+        online = summary["manifest"]["distill"]["targets"] == "online"
         about = {
             **{name: run[name] for name in ("run", "seed", "settings", "steps", "tokens", "seconds")},
             "versions": json.dumps(summary["versions"]),
             "cache_fingerprint": run["cache_fingerprint"],
-            "machine": machine,
-            "commit": made_by,
+            "bytes_per_position": None if online else bytes_per_position(cache),
+            **made_by,
         }
-        student = folder / "distill" / run["run"] / "student"
-        rows += [{**about, **figures} for figures in measured.student(student)]
+        drawn = shares_drawn(at)
+        for row in figures.student(at / "student"):
+            rows.append({**about, **row, "share_drawn": drawn[row["domain"]]})
         print(f"study: measured {number} of {len(waiting)}: {run['group']}, seed {run['seed']}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    return rows
+
+
+def check(table: str, sweep: Row, folder: Path) -> bool:
+    """Make the table's first run again, caches and all, in a folder of its own; True if its figures are the same."""
+    scratch = folder / "check"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    (scratch / "material").symlink_to((folder / "material").absolute())
+    first = settings(sweep)[0]
+    one = {"name": table, "manifest": sweep["manifest"], "set": first, "seeds": sweep["seeds"][:1]}
+    train(one, scratch, 1)
+    again = {row["domain"]: row for row in measured(one, scratch, set())}
+    kept = [
+        row
+        for row in pq.read_table(RESULTS / f"{table}.parquet").to_pylist()
+        if row["seed"] == one["seeds"][0] and {**sweep.get("set", {}), **json.loads(row["settings"])} == first
+    ]
+    off = max(
+        (abs(again[row["domain"]][name] - row[name]) for row in kept for name in ("student_ce", "kl", "ece")),
+        default=float("inf"),
+    )
+    print(f"study: {table}: {len(kept)} rows made again, off by {off:.3g} at most", flush=True)
+    return off <= SAME
 
 
 def _run(*arguments: str) -> None:

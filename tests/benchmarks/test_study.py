@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import page
 import pytest
+import study
+import yaml
 from estimates import Estimate, figures_of_run, holm, paired
 
 
@@ -44,3 +47,22 @@ def test_figures_of_a_run() -> None:
     found = figures_of_run([{**row, "kl": 1.0, "ece": 0.1, "agreement": 0.5} for row in rows])
     assert found["mean_gap"] == 2 and found["worst_gap"] == 3
     assert found["mean_ce"] == 4 and found["natural_ce"] == 3.5
+
+
+@pytest.mark.parametrize("table", study.TABLES)
+def test_every_arm_of_a_table_has_a_name_of_its_own(table: str) -> None:
+    sweep = yaml.safe_load((study.HERE / f"{table}.yaml").read_text(encoding="utf-8"))
+    variants = sweep["runs"]
+    assert len({page.NAMES[table](variant) for variant in variants}) == len(variants)
+    assert table in page.PARTS and f"{{{{{table}}}}}" in (page.HERE / "page.md").read_text(encoding="utf-8")
+
+
+def test_a_sweep_says_what_models_and_caches_it_wants() -> None:
+    sweep = {
+        "set": {"distill.gamma": 0.2, "teacher.model": "material/teacher-near"},
+        "grid": {"student.model": ["material/student-even"]},
+        "runs": [{}, {"distill.alpha": 1.0}, {"cache.tau": 0.05, "cache.path": "other"}],
+    }
+    assert study.models(sweep) == {"teacher-near", "student-even"}
+    near = {"teacher.model": "material/teacher-near"}
+    assert study.caches(sweep) == [near, {**near, "cache.tau": 0.05, "cache.path": "other"}]

@@ -28,10 +28,8 @@ from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets, stack
 
 BLOCK = 256  # tokens per block of the two-level draw
 HEAD_BYTES = 256 << 20  # memory for the logits of one run of the output layer: at 64 MB its product is slower
-BLOCK_BYTES = {
-    True: 4 << 20,
-    False: 256 << 20,
-}  # rows selected at once, on a CPU (its cache) or another device
+# rows selected at once, on a CPU (few enough for its cache, many enough that calls of torch cost little) or elsewhere
+BLOCK_BYTES = {True: 16 << 20, False: 256 << 20}
 
 
 @dataclass(frozen=True)

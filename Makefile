@@ -53,6 +53,10 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher.py --json benchmarks/results/teacher.json
+	for engine in local ray; do \
+		PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher_scaling.py --engine $$engine --json benchmarks/results/teacher.json; done
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --docs docs/scale.md
 
 study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY="--seeds 1 baselines" for a part
 	PYTHONPATH=benchmarks:benchmarks/study $(BIN)/python benchmarks/study/study.py $(STUDY)

@@ -3,6 +3,7 @@ goals."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -16,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
+TEACHER = ROOT / "runs" / "demo" / "teacher"  # the demo's
 Row = dict[str, Any]
 
 
@@ -117,8 +117,17 @@ def report(
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def teacher_option(parser: argparse.ArgumentParser) -> None:
+    """The option --teacher, as most benchmarks take it."""
+    parser.add_argument(
+        "--teacher", type=Path, default=TEACHER, help="folder of SmolLM2-135M; made if it is missing"
+    )
+
+
 def provenance() -> Row:
     """When, where, with what and how."""
+    import torch  # not above: prepare_cpu() of whoever imports this must come first
+
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": processor(),

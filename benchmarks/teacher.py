@@ -1,6 +1,6 @@
 """What the teacher's stage costs beyond the teacher's forward pass, in tokens per second of process CPU.
 
-    python benchmarks/teacher.py --teacher FOLDER --json benchmarks/results/teacher.json
+    PYTHONPATH=benchmarks python benchmarks/teacher.py --json benchmarks/results/teacher.json
 
 Real vLLM in this process and transformers, on the same windows of real text (Python's standard library), in
 alternating runs: bare prefill; vLLM's `prompt_logprobs` of 0 and of 64 (dictionaries, flat); ours with `pps`; the bare
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import Row, alternate, goal, report, spread
+from common import Row, alternate, goal, report, spread, teacher_option
 
 from ddk_pipe.stages.runtime import prepare_cpu
 
@@ -36,6 +36,7 @@ from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN
+from ddk_pipe.stages.demo_material import write_teacher
 from ddk_pipe.stages.sample import kept_counts
 from ddk_pipe.stages.teachers import Window, vllm_worker
 from ddk_pipe.stages.teachers.hf import HfTeacher
@@ -250,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, required=True)
+    teacher_option(parser)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--windows", type=int, default=4)
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=2048, help="tokens of an engine step, vLLM")
     parser.add_argument("--part", choices=["vllm", "hf"], action="append", help="only this; may be repeated")
     options = parser.parse_args()
+    write_teacher(options.teacher)
     windows = text_windows(options.teacher, options.windows, options.seq_len)
     for part, measure in (("vllm", measure_vllm), ("hf", measure_hf)):
         if not options.part or part in options.part:

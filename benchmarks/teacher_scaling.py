@@ -1,6 +1,6 @@
 """How the engines scale from one worker to two, with a teacher that only sleeps: what the engines themselves cost.
 
-    python benchmarks/teacher_scaling.py --json benchmarks/results/teacher.json [--engine ray]
+    PYTHONPATH=benchmarks python benchmarks/teacher_scaling.py --json benchmarks/results/teacher.json [--engine ray]
 
 The rate counts from the moment every worker has made a shard: starting a worker is not in it.
 """

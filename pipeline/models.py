@@ -118,9 +118,22 @@ def check_length(config: Any, seq_len: int, *, field: str) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """Fingerprint of a model: the content of its configuration and of every weight file."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return durable.digest(json.dumps([[path.name, durable.file_digest(path)] for path in files]).encode())
+    """Fingerprint of a model: the content of its configuration, of every weight file and of its own code.
+
+    Code is every *.py in the folder and below it (`trust_remote_code` runs it: it says what the weights mean); hidden
+    folders (.git, .cache) are no part of the model. Models without code have the digests they had before.
+    """
+    code = (path for path in folder.rglob("*.py") if not _is_hidden(path.relative_to(folder)))
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(code)]
+    return durable.digest(
+        json.dumps(
+            [[path.relative_to(folder).as_posix(), durable.file_digest(path)] for path in files]
+        ).encode()
+    )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def head_is_plain(model: Any) -> bool:

@@ -28,10 +28,8 @@ from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets, stack
 
 BLOCK = 256  # tokens per block of the two-level draw
 HEAD_BYTES = 256 << 20  # memory for the logits of one run of the output layer: at 64 MB its product is slower
-BLOCK_BYTES = {
-    True: 4 << 20,
-    False: 256 << 20,
-}  # rows selected at once, on a CPU (its cache) or another device
+# rows selected at once, on a CPU (few enough for its cache, many enough that calls of torch cost little) or elsewhere
+BLOCK_BYTES = {True: 16 << 20, False: 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def pps(logprobs: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
     step = torch.arange(max(int(draws.max()), 1) if len(draws) else 1, device=p.device)
     live = step < draws[:, None]
     points = (offsets[:, None] + step) / draws.clamp_min(1)[:, None]  # in units of the rest's mass
-    ids, counts = _merge(torch.where(live, _draw(p, outer, points.clamp_max(1.0)), PADDING_ID))
+    ids, counts = _merge(_draw(p, outer, points.clamp_max(1.0), live))
     share = (mass / draws.clamp_min(1))[:, None]
     return _build(torch.cat([head_ids, ids], dim=1), torch.cat([head_weights, counts * share], dim=1))
 
@@ -173,7 +171,10 @@ def pps(logprobs: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
 def random_draws(logprobs: Tensor, uniforms: Tensor) -> SparseTargets:
     """n draws with replacement, weight count / n (Random Sampling KD, arXiv 2503.16870). uniforms float64 [N, n]."""
     p = _blocks(logprobs)
-    ids, counts = _merge(_draw(p, p.sum(2).double().cumsum(1), uniforms.sort(1).values))
+    points = uniforms.sort(1).values
+    ids, counts = _merge(
+        _draw(p, p.sum(2).double().cumsum(1), points, torch.ones_like(points, dtype=torch.bool))
+    )
     return _build(ids, counts.double())
 
 
@@ -209,18 +210,22 @@ def _take_head(p: Tensor, sums: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return ids, weights
 
 
-def _draw(p: Tensor, outer: Tensor, points: Tensor) -> Tensor:
-    """Token ids at points [N, D], shares in [0, 1] of each row's mass cumulated in id order.
+def _draw(p: Tensor, outer: Tensor, points: Tensor, live: Tensor) -> Tensor:
+    """Token ids at points [N, D], shares in [0, 1] of each row's mass cumulated in id order; -1 where not live [N, D].
 
     p [N, B, BLOCK]; outer float64 [N, B]: its block sums, cumulated. Two levels, blocks and then tokens inside one,
     each cumulated in float64: a float32 running sum over a large vocabulary loses the tail, and a float64 one over
     all of it costs more than the softmax. The sum of one block is good enough in float32.
     """
     block, residual = _find(outer, points * outer[:, -1:])
-    row = torch.arange(len(p), device=p.device)[:, None]
-    inner = p[row, block].cumsum(2, dtype=torch.float64)
-    lane, _ = _find(inner.flatten(0, 1), residual.reshape(-1, 1))
-    return block * BLOCK + lane.view(block.shape)
+    row, slot = live.nonzero(
+        as_tuple=True
+    )  # a third, as rows have as many slots as the flattest of them draws
+    block, residual = block[row, slot], residual[row, slot]
+    lane, _ = _find(p[row, block].cumsum(1, dtype=torch.float64), residual[:, None])
+    ids = torch.full(points.shape, PADDING_ID, device=points.device)
+    ids[row, slot] = block * BLOCK + lane[:, 0]
+    return ids
 
 
 def _find(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,13 +36,7 @@ class HfTeacher:
         self.device = torch.device(pick_device(options.device))
         dtype = pick_dtype(options.dtype, self.device)
         self.spread = choose_spread(folder, options.device, self.device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            device_map=self.spread,
-        )
+        model = load(folder, dtype=dtype, trust_remote_code=options.trust_remote_code, device_map=self.spread)
         self.model = (model if self.spread else model.to(self.device)).eval()
         check_placed(self.model, self.device)
         self.head = Head(self.model, vocab_size)
@@ -90,6 +84,17 @@ class HfTeacher:
                     f"window {window.key}: {problem} (model {self.folder})", hint="try teacher.dtype: float32"
                 ) from None
         return to_cpu(join(parts))
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The model; raises DdkError if it cannot be loaded (a quantised format whose package is missing, say)."""
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    except (ImportError, OSError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        raise DdkError(
+            f"teacher.model: {folder} cannot be loaded ({reason})", hint="install or mend what it names"
+        ) from None
 
 
 class Head:

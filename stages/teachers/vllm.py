@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
@@ -54,24 +55,30 @@ class VllmTeacher:
         self.runner = ""
         self._plan: Plan | None = None
         self._sent = 0  # vLLM numbers its requests from 0 on
-        self.engine = vllm.LLM(
-            model=str(folder),
-            dtype=str(pick_dtype(options.dtype, device)).removeprefix("torch."),
-            max_model_len=seq_len + 1,  # room for the one token that is always generated
-            max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len + 1),
-            max_num_seqs=options.batch_windows,
-            max_logprobs=-1,
-            enforce_eager=device.type == "cpu",
-            enable_prefix_caching=False,  # a cached prefix has no logits: its positions would be garbage
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=0,
-            trust_remote_code=options.trust_remote_code,
-            tensor_parallel_size=options.vllm.tensor_parallel_size,
-            gpu_memory_utilization=options.vllm.gpu_memory_utilization,
-            worker_extension_cls=EXTENSION,
-        )
+        try:
+            self.engine = vllm.LLM(
+                model=str(folder),
+                dtype=str(pick_dtype(options.dtype, device)).removeprefix("torch."),
+                max_model_len=seq_len + 1,  # room for the one token that is always generated
+                max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len + 1),
+                max_num_seqs=options.batch_windows,
+                max_logprobs=-1,
+                enforce_eager=device.type == "cpu",
+                enable_prefix_caching=False,  # a cached prefix has no logits: its positions would be garbage
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=0,
+                trust_remote_code=options.trust_remote_code,
+                tensor_parallel_size=options.vllm.tensor_parallel_size,
+                gpu_memory_utilization=options.vllm.gpu_memory_utilization,
+                worker_extension_cls=EXTENSION,
+            )
+        except ValueError as problem:  # what vLLM says of settings, before it loads a weight
+            raise DdkError(
+                f"teacher.model: vLLM {self.version} does not take {folder} ({_reason(problem)})",
+                hint="try another teacher.dtype, or backend: hf",
+            ) from None
 
     @property
     def vocab_size(self) -> int:
@@ -203,6 +210,12 @@ def check_engine() -> None:
             f"vLLM {version}: the worker hook does not fit ({found})",
             hint="use backend: hf, or vllm.capture: prompt_logprobs (topk and threshold only)",
         )
+
+
+def _reason(problem: ValueError) -> str:
+    """In one line; pydantic wraps its own words around vLLM's."""
+    said = problem.errors()[0]["msg"] if isinstance(problem, ValidationError) else str(problem)
+    return " ".join(said.removeprefix("Value error, ").split())
 
 
 def _class(module: str, name: str) -> Any:

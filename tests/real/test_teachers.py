@@ -13,9 +13,12 @@ import pytest
 import torch
 from alignment import assert_aligned, prefix_logprobs
 from engines import select_elsewhere
+from quantised import AWQ, quantise, say_quantised
 from tiny import make_model
 
 from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import weights_digest
 from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
@@ -197,18 +200,58 @@ def test_engines_processes_chunks_and_batches_agree(
         assert_agree(scheme, windows, from_hf[scheme], others)
 
 
-def test_vllm_cuts_a_padded_head(tmp_path: Path, need_vllm: None) -> None:
-    """config.vocab_size 512 is what vLLM cuts to; the tokenizer's 385 ids are what we cut to."""
-    folder = make_model(tmp_path, vocab_size=512, hidden_size=128)  # heads of 32: vLLM has no smaller ones
+def random_windows(vocab_size: int) -> list[Window]:
     rng = np.random.default_rng(0)
     made = []
     for number in range(3):
-        tokens = rng.integers(0, 385, 40)
+        tokens = rng.integers(0, vocab_size, 40)
         made.append(Window(f"d/train/0/{number}", tokens, np.append(tokens[1:], NO_LABEL)))
-    plans = [plan("threshold"), plan("topk")]
+    return made
+
+
+def test_vllm_cuts_a_padded_head(tmp_path: Path, need_vllm: None) -> None:
+    """config.vocab_size 512 is what vLLM cuts to; the tokenizer's 385 ids are what we cut to."""
+    folder = make_model(tmp_path, vocab_size=512, hidden_size=128)  # heads of 32: vLLM has no smaller ones
+    made, plans = random_windows(385), [plan("threshold"), plan("topk")]
     one, other = (
         select_elsewhere(folder, manifest.Teacher(model="m", backend=backend), made, plans, vocab_size=385)
         for backend in ("hf", "vllm")
     )
     for scheme, a, b in zip(("threshold", "topk"), one, other, strict=True):
         assert_agree(scheme, made, a, b, vocab_size=385)
+
+
+def test_quantised_weights_in_both_engines(tmp_path: Path, need_vllm: None) -> None:
+    """Int8 weights and activations, as compressed-tensors stores them: transformers unpacks them and rounds the
+    activations in float32, vLLM multiplies int8. Products of int8 are exact in both, so the tolerance is that of dense
+    teachers; it is far below what quantising itself does to this teacher."""
+    dense = make_model(tmp_path / "dense", vocab_size=385, hidden_size=128, intermediate_size=128)
+    int8 = quantise(make_model(tmp_path / "int8", vocab_size=385, hidden_size=128, intermediate_size=128))
+    assert weights_digest(dense) != weights_digest(int8)
+    made, plans = random_windows(385), [plan("threshold"), plan("topk")]
+    unquantised, one = (
+        [teacher.select(made, each) for each in plans]
+        for teacher in (
+            open_teacher(
+                folder, manifest.Teacher(model="m", dtype="float32"), backend="hf", seq_len=40, vocab_size=385
+            )
+            for folder in (dense, int8)
+        )
+    )
+    served = manifest.Teacher(model="m", backend="vllm")
+    other = select_elsewhere(int8, served, made, plans, vocab_size=385)
+    for scheme, a, b in zip(("threshold", "topk"), one, other, strict=True):
+        assert_agree(scheme, made, a, b, vocab_size=385)
+    gap = unquantised[0][0].label_logprobs - one[0][0].label_logprobs
+    assert float(gap.nan_to_num().abs().max()) > 100 * TOLERANCE, (
+        "the weights were not used as quantised ones"
+    )
+
+
+def test_what_vllm_does_not_take_is_one_line(tmp_path: Path, need_vllm: None) -> None:
+    """AWQ in float32, as `dtype: auto` makes it on a CPU: refused before a weight is loaded."""
+    folder = say_quantised(make_model(tmp_path, vocab_size=385, hidden_size=128), AWQ)
+    options = manifest.Teacher(model="m", backend="vllm")
+    with pytest.raises(DdkError, match=r"vLLM \S+ does not take .*float32 is not supported.*awq") as refused:
+        open_teacher(folder, options, backend="vllm", seq_len=40, vocab_size=385)
+    assert "\n" not in refused.value.message

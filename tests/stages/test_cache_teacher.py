@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from openers import Refuses
+from openers import DiesOnce, Refuses, Wrapped
 from same_bytes import groups, shard_contents
 from tiny import MakeProject, break_weights, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,14 +26,13 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.cache import CacheReader, CacheWriter
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
-from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.tokens import VALIDATION
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.engines import local, maker
 from ddk_pipe.stages.status import StatusStream
-from ddk_pipe.stages.teachers import Window, open_teacher
+from ddk_pipe.stages.teachers import Window
 
 
 @pytest.fixture
@@ -50,24 +49,6 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr("ddk_pipe.stages.cache_teacher.open_teacher", never)
-
-
-class Wrapped:
-    """The real tiny teacher, with something before each of its calls."""
-
-    def __init__(self, before: Callable[[list[Window]], None], *arguments: Any, **options: Any) -> None:
-        self.teacher, self.before = open_teacher(*arguments, **options), before
-        self.vocab_size = self.teacher.vocab_size
-
-    def describe(self) -> dict[str, Any]:
-        return self.teacher.describe()
-
-    def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
-        self.before(windows)
-        return self.teacher.select(windows, plan)
-
-    def close(self) -> None:
-        self.teacher.close()
 
 
 def wrap(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[Window]], None]) -> None:
@@ -298,29 +279,26 @@ def test_what_does_not_end_is_left_in_time() -> None:
 
 @pytest.mark.slow
 def test_two_processes_one_of_which_is_killed(
-    project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real_start, real_receive, started = local._start, local._receive, list[Any]()
-    killed: list[int] = []
+    """Killed with a shard at its teacher, others perhaps half written: a third process is started for them."""
+    real_start, started, note = local._start, list[Any](), tmp_path / "killed"
 
     def start(*arguments: Any) -> Any:
         started.append(real_start(*arguments))
         return started[-1]
 
-    def receive(worker: Any) -> Any:
-        answer = real_receive(worker)
-        if not killed:
-            killed.append(worker.process.pid)
-            worker.process.kill()
-        return answer
-
     monkeypatch.setattr(local, "_start", start)
-    monkeypatch.setattr(local, "_receive", receive)
+    monkeypatch.setattr(
+        "ddk_pipe.stages.cache_teacher.open_teacher", DiesOnce(shard="code/train/1/", note=note)
+    )
     cache_teacher(project, Request(workers=2))
-    assert len(started) == 3 and not any(worker.process.is_alive() for worker in started)
+    ends = {worker.process.pid: worker.process.exitcode for worker in started}
+    assert len(ends) == 3 and ends.pop(int(note.read_text())) == -signal.SIGKILL
+    assert None not in ends.values(), "nobody is left behind"
     contents = shard_contents(cache_of(project))
     assert contents == shard_contents(cached_output / "cache")
-    assert len([name for name in groups(cache_of(project))]) >= len(contents)
+    assert len(groups(cache_of(project))) >= len(contents)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from alignment import STEP, assert_aligned, prefix_logprobs
+from quantised import AWQ, say_quantised
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -216,9 +218,15 @@ def test_broken_weights_name_the_window(tmp_path: Path) -> None:
         teacher(folder).select([make_window(2, vocab=64)], PLAN)
 
 
-def test_backend_choice(monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path) -> None:
-    import importlib.util
+def test_a_format_whose_package_is_missing_is_one_line(tmp_path: Path) -> None:
+    assert importlib.util.find_spec("gptqmodel") is None, "this test needs it not to be there"
+    folder = say_quantised(make_model(tmp_path, vocab_size=64), AWQ)
+    with pytest.raises(DdkError, match=r"teacher.model: \S+ cannot be loaded \(.*gptqmodel") as refused:
+        teacher(folder)
+    assert "\n" not in refused.value.message
 
+
+def test_backend_choice(monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path) -> None:
     options = manifest.Teacher(model="m")
     real = importlib.util.find_spec
     for installed, expected in ((True, "vllm"), (False, "hf")):

@@ -24,10 +24,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The first three are what the skewed student knows: the commonest of the Zipf mix.
 DOMAINS = (
@@ -225,12 +229,11 @@ def _pretrain(folder: Path, plan: Pretraining) -> None:
     partial.rename(folder)
 
 
-def _model(plan: Pretraining, folder: Path) -> torch.nn.Module:
+def _model(plan: Pretraining, folder: Path) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if plan.start:
-        going_on: torch.nn.Module = LlamaForCausalLM.from_pretrained(folder / plan.start, dtype=torch.float32)
-        return going_on.train()
+        return LlamaForCausalLM.from_pretrained(folder / plan.start, dtype=torch.float32).train()
     width, layers = SHAPES[plan.shape]
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -244,5 +247,4 @@ def _model(plan: Pretraining, folder: Path) -> torch.nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    fresh: torch.nn.Module = LlamaForCausalLM(config)
-    return fresh
+    return LlamaForCausalLM(config)

@@ -53,6 +53,8 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/distill_step.py --json benchmarks/results/distill_step.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/offline_online.py --json benchmarks/results/offline_online.json
 
 study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY="--seeds 1 baselines" for a part
 	PYTHONPATH=benchmarks:benchmarks/study $(BIN)/python benchmarks/study/study.py $(STUDY)

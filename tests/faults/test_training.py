@@ -14,14 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from disks import leave_bytes, mounted, remount, unmount
-from ranks import SECONDS
+from disks import leave_bytes, remount
+from ranks import SECONDS, distill_command, finish, kill, start_ranks
 from runs import assert_same_bits
 from tiny import write_project
 from typer.testing import CliRunner
@@ -90,8 +89,8 @@ def test_a_full_disk_under_training(cached: Path, small_disk: Path, monkeypatch:
 class Ranks:
     """What one of the ranks does: the command line, case by case."""
 
-    def __init__(self, manifest: Path, disk: Path | None, world: World) -> None:
-        self.manifest, self.disk, self.world = manifest, disk, world
+    def __init__(self, manifest: Path, world: World) -> None:
+        self.manifest, self.world = manifest, world
         self.outcome: dict[str, Any] = {}
 
     def command(self, case: str, *sets: str) -> None:
@@ -126,8 +125,6 @@ class Ranks:
                 before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
             self.command("stop")
         self.command("stop/again")
-        if self.disk is not None:
-            self.full_disk(self.disk)
 
     def turn_nan(self, patch: pytest.MonkeyPatch) -> None:
         """A fault that no sound cache has: from the fourth step on, a window of the second rank has NaN targets."""
@@ -141,22 +138,20 @@ class Ranks:
 
         patch.setattr(Stepper, "step", step)
 
-    def full_disk(self, disk: Path) -> None:
-        place = f"output={disk / 'out'}", f"cache.path={self.manifest.parent / 'out' / 'cache'}"
-        with pytest.MonkeyPatch.context() as patch:
-            if self.world.leads:
-                before_step(patch, 4, lambda: leave_bytes(disk, ROOM))
-            self.command("disk", *place)
-        if self.world.leads:
-            (disk / "filler").unlink()
-        self.world.wait()
-        self.command("disk/again", *place)
+
+def fill_disk(disk: Path, arguments: list[str]) -> None:
+    """The command line in a process whose disk is filled up before the fourth step, by the first rank."""
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == "0":
+        before_step(pytest.MonkeyPatch(), 4, lambda: leave_bytes(disk, ROOM))
+    sys.argv = ["ddk-pipe", *arguments]
+    main()
 
 
-def run_rank(manifest: Path, disk: Path | None, out: Path) -> None:
+def run_rank(manifest: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with join_world() as world:
-        ranks = Ranks(manifest, disk, world)
+        ranks = Ranks(manifest, world)
         ranks.all_cases()
         if world.leads:
             out.write_text(json.dumps(ranks.outcome))
@@ -168,17 +163,14 @@ def run_rank(manifest: Path, disk: Path | None, out: Path) -> None:
 @pytest.fixture(scope="module")
 def outcomes(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, cached_output: Path
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     manifest = write_project(folder, tiny_teacher)
     shutil.copytree(cached_output, folder / "out")
-    disk: Path | None = folder / "disk"
-    if not mounted(folder / "disk", "size=4m,nr_inodes=2000"):
-        disk = None
     support = Path(__file__).resolve().parents[1] / "support"
     path = os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    script = [sys.executable, "-P", __file__, str(manifest), str(disk or "-"), str(folder / "out.json")]
+    script = [sys.executable, "-P", __file__, str(manifest), str(folder / "out.json")]
     process = subprocess.Popen(
         [*torchrun, "--nproc-per-node=2", "--no-python", *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
@@ -202,9 +194,8 @@ def outcomes(
         "checkpoints": checkpoints_of(endless),
         "steps": read_rows(endless, "steps")[-1]["step"],
     }
-    yield found
-    if disk is not None:
-        unmount(disk)
+    found["manifest"] = str(manifest)
+    return found
 
 
 def said(outcome: dict[str, Any]) -> list[str]:
@@ -247,16 +238,36 @@ def test_torchrun_told_to_stop(outcomes: dict[str, Any]) -> None:
     assert found["status"] != 0
 
 
-def test_a_full_disk_under_two_ranks(outcomes: dict[str, Any]) -> None:
-    if "disk" not in outcomes:
-        pytest.skip("mounting a file system is not allowed here")
-    found = outcomes["disk"]
-    assert found["status"] == [2, 2], found["output"]
-    full = [line for line in said(found) if "disk/out/distill/disk" in line and "no space left" in line]
-    assert full and "Traceback" not in "".join(found["output"])
-    assert found["checkpoints"] == [3] and not found["partial"]
-    assert_same_end("disk", outcomes)
+def test_a_full_disk_under_two_ranks(
+    outcomes: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of its own: one may go while the other waits for it."""
+    remount(small_disk, "size=4m,nr_inodes=2000")
+    manifest = Path(outcomes["manifest"])
+    place = (f"output={small_disk / 'out'}", f"cache.path={manifest.parent / 'out' / 'cache'}")
+    command = distill_command(manifest, *SETS, "distill.parallel=fsdp", *place)
+    support = Path(__file__).resolve().parents[1] / "support"
+    path = os.pathsep.join([str(support), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", path)
+    arguments = command[command.index("distill") :]
+    processes = start_ranks([sys.executable, "-P", __file__, "fill", str(small_disk), *arguments], 2)
+    try:
+        output = "".join(process.communicate(timeout=60)[0] for process in processes)
+    finally:
+        kill(processes)
+    assert [process.returncode for process in processes] == [2, 2], output
+    run = small_disk / "out" / "distill" / "student"
+    assert re.search(rf"^ddk-pipe: {run}\S*: no space left on the disk; free some", output, re.MULTILINE), (
+        output
+    )
+    assert "Traceback" not in output and checkpoints_of(run) == [3]
+    (small_disk / "filler").unlink()
+    finish(start_ranks(command, 2))
+    assert_same_bits(run, Path(outcomes["whole"]["run"]))
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), None if sys.argv[2] == "-" else Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] == "fill":
+        fill_disk(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        run_rank(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -50,7 +50,8 @@ class Record:
     def sync(self) -> None:
         """Make the rows so far durable: no checkpoint may know of a step whose row a power loss can take away."""
         for table in TABLES if self.writes else ():
-            with open(self._lines(table), "rb") as file:
+            path = self._lines(table)
+            with durable.naming(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:

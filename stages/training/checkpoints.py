@@ -110,7 +110,10 @@ class Checkpoints:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             return
-        future = async_save(self._tensors(), storage_writer=writer, process_group=self.world.saving)
+        try:
+            future = async_save(self._tensors(), storage_writer=writer, process_group=self.world.saving)
+        except (Exception, CheckpointException) as problem:  # noqa: BLE001 - as above
+            raise self._not_written(final, problem) from None
         assert isinstance(future, Future)
         self._pending = future, partial, position
 

@@ -26,7 +26,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages import progress
 from ddk_pipe.stages.students import DistillStudent
 
-ASK_SECONDS = 3.0  # for the others' common store to answer
+ASK_SECONDS = 3.0  # for torchrun's store to answer
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
@@ -112,8 +112,10 @@ def join_world() -> Iterator[World]:
 def first_to_say(line: str) -> bool:
     """True on the first of a run's processes that asks about this line; also where nobody answers.
 
-    They ask the store at which they met: torchrun's own, which outlives them, or that of the first process.
+    They ask torchrun's store, which outlives them all; the first process's own would be gone with it.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.TCPStore(

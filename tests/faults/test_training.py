@@ -234,7 +234,9 @@ def test_one_of_two_ranks_told_to_stop(outcomes: dict[str, Any]) -> None:
 def test_torchrun_told_to_stop(outcomes: dict[str, Any]) -> None:
     found = outcomes["endless"]
     assert found["checkpoints"] == [found["steps"]]
-    assert found["output"].count("terminated; what is finished is kept, run the same command again") == 1
+    assert found["output"].count("terminated; what is finished is kept, run the same command again") == 1, (
+        found["output"]
+    )
     assert found["status"] != 0
 
 

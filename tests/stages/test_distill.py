@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import MakeProject, make_model, make_tokenizer, write_jsonl
+from tiny import MakeProject, make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
@@ -382,22 +382,6 @@ def test_a_validation_loss_that_is_not_a_number(cached: Path) -> None:
         DdkError, match=r"the student's validation loss on domain code is (nan|inf); lower distill"
     ):
         run(cached, *sets, "distill.interval_steps=1", "distill.optimizer.clip_norm=null")
-
-
-def test_a_validation_split_without_a_label(make_project: MakeProject, tmp_path: Path) -> None:
-    """Chats of users alone: nothing to measure the domain by."""
-    from ddk_pipe.stages.cache_teacher import cache_teacher
-
-    asked = [{"messages": [{"role": "user", "content": f"What comes after {i}? " * 3}]} for i in range(60)]
-    answered = [{"messages": [*row["messages"], {"role": "assistant", "content": "More."}]} for row in asked]
-    write_jsonl(tmp_path / "asked.jsonl", asked)
-    write_jsonl(tmp_path / "answered.jsonl", answered)
-    manifest = make_project(domains={"chat": {"train": "answered.jsonl", "validation": "asked.jsonl"}})
-    cache_teacher(load_project(manifest))
-    with pytest.raises(
-        DdkError, match="chat/validation: no window with a label, so there is no gap to weigh"
-    ):
-        run(manifest)
 
 
 def test_a_cache_without_a_split(cached: Path) -> None:

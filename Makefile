@@ -54,9 +54,11 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher.py --json benchmarks/results/teacher.json
-	for engine in local ray; do \
-		PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher_scaling.py --engine $$engine --json benchmarks/results/teacher.json; done
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher_scaling.py --engine local --json benchmarks/results/teacher.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher_scaling.py --engine ray --json benchmarks/results/teacher.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --docs docs/scale.md
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/distill_step.py --json benchmarks/results/distill_step.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/offline_online.py --json benchmarks/results/offline_online.json
 
 study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY="--seeds 1 baselines" for a part
 	PYTHONPATH=benchmarks:benchmarks/study $(BIN)/python benchmarks/study/study.py $(STUDY)

@@ -6,8 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,26 @@ from ddk_pipe.pipeline.errors import DdkError
 def partial_name(path: Path) -> Path:
     """A hidden name beside `path` under which it is written before it gets its own."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a system error that names no file (a full disk says so only when bytes are written) names `path`.
+
+    So does one of a library in Rust (safetensors, tokenizers), which is an exception of its own with words such as
+    "No space left on device (os error 28)".
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = str(path)
+        raise
+    except Exception as problem:
+        number = re.search(r"\(os error (\d+)\)", str(problem))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,7 +64,7 @@ def write_file(path: Path, content: bytes, *, exclusive: bool = False) -> None:
     make_folder(path.parent)
     partial = partial_name(path)
     try:
-        with open(partial, "xb") as file:
+        with naming(path), open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

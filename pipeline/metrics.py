@@ -43,13 +43,15 @@ class Record:
         """Append one row; every row has a `step`."""
         if not self.writes:
             return
-        with open(self._lines(table), "a", encoding="utf-8") as file:
+        path = self._lines(table)
+        with durable.naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
         """Make the rows so far durable: no checkpoint may know of a step whose row a power loss can take away."""
         for table in TABLES if self.writes else ():
-            with open(self._lines(table), "rb") as file:
+            path = self._lines(table)
+            with durable.naming(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:
@@ -59,9 +61,16 @@ class Record:
         for table in TABLES:
             rows = read_rows(self.folder, table)
             if rows:
-                partial = durable.partial_name(self.folder / f"{table}.parquet")
+                self._write_parquet(self.folder / f"{table}.parquet", rows)
+
+    def _write_parquet(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        partial = durable.partial_name(path)
+        try:
+            with durable.naming(path):
                 pq.write_table(pa.Table.from_pylist(rows), partial)
-                partial.replace(self.folder / f"{table}.parquet")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:

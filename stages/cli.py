@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -68,8 +69,19 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _stop(text: str, status: int) -> None:
-    typer.echo(f"ddk-pipe: {' '.join(text.split())}", err=True)
+    line = f"ddk-pipe: {' '.join(text.split())}"
+    if _is_news(line):
+        typer.echo(line, err=True)
     raise typer.Exit(status)
+
+
+def _is_news(line: str) -> bool:
+    """False if another process of this run (torchrun) has told the user the very same."""
+    if "RANK" not in os.environ:
+        return True
+    from ddk_pipe.stages.training.world import first_to_say
+
+    return first_to_say(line)
 
 
 def _version(wanted: bool) -> None:

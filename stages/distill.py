@@ -11,9 +11,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from ddk_pipe.stages.runtime import peak_memory_bytes, pick_device, pick_dtype
 from ddk_pipe.stages.stopping import StopFlag, StoppedEarly, stop_flag
 from ddk_pipe.stages.students import DistillStudent, build_student, save_student
 from ddk_pipe.stages.training.checkpoints import Checkpoints
-from ddk_pipe.stages.training.checks import mixing_rule, shared_tokenizer, windows_per_step
+from ddk_pipe.stages.training.checks import lopsided, mixing_rule, shared_tokenizer, windows_per_step
 from ddk_pipe.stages.training.optimizer import make_optimizer
 from ddk_pipe.stages.training.show import show_weights
 from ddk_pipe.stages.training.sources import CacheSource, OnlineSource, Source
@@ -68,6 +67,7 @@ class Position:
     settings: str  # digest of everything that must not change between start and resume
     gap: float | None = None  # mean validation gap, nats per token, where it was measured at this very step
     finished: bool = False  # every gap was below stop_gap_nats
+    warnings: list[str] = field(default_factory=list)  # what the user was told once, for the record
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class Run:
             settings=self.settings,
         )
         self._record_validation(record, position, outcome)
+        self._warn_if_lopsided(position, by_gaps=(self.options.initial or own) == "ddk")
         return position
 
     def _train(self, position: Position, record: Record, stop: StopFlag) -> None:
@@ -304,6 +305,7 @@ class Run:
         position.sampler = self.sampler.state_dict()
         threshold = self.options.stop_gap_nats
         position.finished = threshold is not None and bool((gaps < threshold).all())
+        self._warn_if_lopsided(position, by_gaps=self.options.mixing not in ("uniform", "natural"))
         self._record_validation(record, position, outcome)
         record.publish()
         self._checkpoint(position, record)
@@ -314,6 +316,15 @@ class Run:
         show_weights(self.domains, position.shares, gaps.tolist())
         if position.finished:
             say(f"distill: every gap is below {threshold} nats/token, which is what stop_gap_nats asks for")
+
+    def _warn_if_lopsided(self, position: Position, *, by_gaps: bool) -> None:
+        """Tell the user, once a run, of an interval that one domain takes nearly whole without their word for it."""
+        if position.warnings or not by_gaps or position.step >= self.options.steps:
+            return
+        text = lopsided(self.options, self.domains, position.shares, step=position.step)
+        if text is not None:
+            position.warnings.append(text)
+            say(f"distill: warning: {text}")
 
     def _record_validation(self, record: Record, position: Position, outcome: Outcome) -> None:
         drawn = self.sampler.state_dict()["cursors"]
@@ -358,6 +369,7 @@ class Run:
             "parallel": self.options.parallel if self.world.distributed else None,
             "stopped_by_gap": position.finished,
             "best_step": best,
+            "warnings": position.warnings,
             "cache_fingerprint": self.source.fingerprint,
             "tokenizer_digest": self.source.tokenizer_digest,
             "manifest": self.project.manifest.model_dump(mode="json"),
@@ -405,11 +417,3 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run; raises DdkError if there is none."""
-    path = folder / "run.json"
-    if not path.exists():
-        raise DdkError(f"{folder}: no finished run", hint="run `ddk-pipe distill`")
-    return dict(json.loads(path.read_bytes()))

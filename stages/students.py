@@ -202,13 +202,15 @@ def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Te
     """Write an ordinary Hugging Face model folder; it has its name only once it is whole.
 
     `weights` by the names of the model's own state, where the model itself holds only shards of them.
+    Raises OSError, naming the folder, for a disk that is full.
     """
     partial = durable.partial_name(folder)
     durable.make_folder(folder.parent)
     try:
         lm.config.dtype = torch.float32
-        lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
+        with durable.naming(folder):
+            lm.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
         for path in partial.iterdir():
             path.chmod(0o644)  # transformers writes the weights for their owner alone
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,6 +12,7 @@ checkpoint's: its metadata is unpickled with a list of the few classes it may na
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import pickle
@@ -37,6 +38,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.training.world import Wrapped
 
 NAME = "step-{:08d}"
+FULL_BYTES = 1 << 20  # a write that failed for want of space has taken all but this
 SAFE_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -103,12 +105,15 @@ class Checkpoints:
                 with _no_word_of_one_process():
                     save(self._tensors(), storage_writer=writer, no_dist=True)
                 self._publish(partial, position)
-            except CheckpointException as problem:
-                raise _cause(problem) from None  # a full disk is the user's to mend
+            except (Exception, CheckpointException) as problem:  # noqa: BLE001 - torch hides the system's errors
+                raise self._not_written(final, problem) from None
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             return
-        future = async_save(self._tensors(), storage_writer=writer, process_group=self.world.saving)
+        try:
+            future = async_save(self._tensors(), storage_writer=writer, process_group=self.world.saving)
+        except (Exception, CheckpointException) as problem:  # noqa: BLE001 - as above
+            raise self._not_written(final, problem) from None
         assert isinstance(future, Future)
         self._pending = future, partial, position
 
@@ -122,13 +127,17 @@ class Checkpoints:
         if self._pending is None:
             return
         (future, partial, position), self._pending = self._pending, None
+        final = self.folder / NAME.format(position["step"])
         try:
             future.result()
-        except CheckpointException as problem:
-            raise _cause(problem) from None
-        # the first process is done only once all others are: it writes the metadata of all their files
-        if self.world.leads:
-            self._publish(partial, position)
+            # the first process is done only once all others are: it writes the metadata of all their files
+            if self.world.leads:
+                self._publish(partial, position)
+        except (Exception, CheckpointException) as problem:  # noqa: BLE001 - torch hides the system's errors
+            raise self._not_written(final, problem) from None
+        finally:
+            if self.world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def settle_quietly(self) -> None:
         """`settle` on the way out of a run, also of a failed one, whose own error is what counts."""
@@ -137,6 +146,22 @@ class Checkpoints:
             return
         with contextlib.suppress(Exception):
             self.settle()
+
+    def _not_written(self, final: Path, problem: BaseException) -> DdkError:
+        """The user's view of it: a full disk in the system's words, or else torch's, with the room that is left."""
+        cause, told = _cause(problem), None
+        if isinstance(cause, DdkError):
+            return cause
+        free = durable.free_bytes(self.folder)
+        if isinstance(cause, RuntimeError) and free < FULL_BYTES:  # "unexpected pos" of torch's own writer
+            cause = OSError(errno.ENOSPC, "No space left on device")
+        if isinstance(cause, OSError):
+            cause.filename = str(final)
+            told = durable.explain(cause)
+        return told or DdkError(
+            f"{final}: the checkpoint cannot be written ({_last_line(cause)}; {free / 1e6:,.1f} MB free there)",
+            hint="free some space or mend the disk, and run the same command again; earlier checkpoints are kept",
+        )
 
     def _publish(self, partial: Path, position: dict[str, Any]) -> None:
         (partial / "position.json").write_bytes(durable.to_json(position))
@@ -220,11 +245,15 @@ def _cause(problem: BaseException) -> BaseException:
 
 
 def _damaged(folder: Path, problem: BaseException) -> DdkError:
-    reason = str(problem).strip().splitlines()
     return DdkError(
-        f"{folder}: the checkpoint cannot be read ({reason[-1][:200] if reason else type(problem).__name__})",
+        f"{folder}: the checkpoint cannot be read ({_last_line(problem)})",
         hint="delete that folder to go on from the checkpoint before it, or from the start",
     )
+
+
+def _last_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[-1][:200] if lines else type(problem).__name__
 
 
 @contextlib.contextmanager

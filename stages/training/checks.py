@@ -1,4 +1,4 @@
-"""What must fit together before training: tokenizers, batch and processes, prior and domains."""
+"""What must fit together before training: tokenizers, batch and processes, prior and domains; lopsided weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ddk_pipe.pipeline.manifest import Distill, Project
 from ddk_pipe.pipeline.mixing import FloatArray, Rule, make_rule
 from ddk_pipe.pipeline.models import load_tokenizer
 from ddk_pipe.pipeline.tokens import tokenizer_digest
+
+LOPSIDED = 0.8  # a domain's share of an interval from which on the others are as good as left out
 
 
 def shared_tokenizer(project: Project, digest: str) -> Any:
@@ -78,3 +80,21 @@ def prior_shares(options: Distill, domains: list[str], sizes: list[int]) -> Floa
         raise DdkError("distill.prior: all shares are 0", hint="give at least one domain a share")
     shares: FloatArray = values / values.sum()  # relative shares are as good
     return shares
+
+
+def lopsided(options: Distill, domains: list[str], shares: list[float], *, step: int) -> str | None:
+    """A warning if one of several domains gets more than LOPSIDED of the interval after `step` steps, else None.
+
+    Eq. 1 is exp of a ratio of perplexities: of ratios 10 and 8 the first gets exp(2) = 7 times as much.
+    """
+    most = max(shares)
+    if len(domains) == 1 or most <= LOPSIDED:
+        return None
+    if step == 0:
+        cure = "Eq. 1 has no floor; to train on all of them set distill.initial: uniform"
+    elif options.mixing == "ddk":
+        cure = "to train more on the others set distill.largest_ratio, or lower distill.alpha"
+    else:
+        cure = "to train more on the others use distill.mixing: ddk, which keeps (1 - alpha) for all alike"
+    named = domains[shares.index(most)]
+    return f"{named} gets {most:.1%} of the windows of the interval after step {step}; {cure}"

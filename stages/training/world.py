@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ddk_pipe.pipeline import durable
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages import progress
 from ddk_pipe.stages.students import DistillStudent
+
+ASK_SECONDS = 3.0  # for torchrun's store to answer
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class World:
 def join_world() -> Iterator[World]:
     """The world that torchrun names in the environment (RANK, WORLD_SIZE), or this process alone.
 
-    Inside, processes other than the first say nothing.
+    Inside, processes other than the first say nothing. Raises DdkError where work breaks off because another
+    process is gone: that one has said why, if it could.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World()
@@ -89,10 +96,38 @@ def join_world() -> Iterator[World]:
     quiet, progress.console.quiet = progress.console.quiet, rank != 0
     try:
         yield World(rank, size, local_rank, True, dist.new_group(backend="gloo"))
+    except RuntimeError as problem:
+        if not any(words in str(problem) for words in GONE):
+            raise
+        raise DdkError(
+            "distill: another process of this run is gone",
+            hint="see above what it said, or if it was killed; the same command continues",
+        ) from None
     finally:
         progress.console.quiet = quiet
         if not joined:
             dist.destroy_process_group()
+
+
+def first_to_say(line: str) -> bool:
+    """True on the first of a run's processes that asks about this line; also where nobody answers.
+
+    They ask torchrun's store, which outlives them all; the first process's own would be gone with it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=ASK_SECONDS),
+        )
+        return bool(store.add(f"ddk_pipe/said/{attempt}/{durable.digest(line.encode())}", 1) == 1)
+    except (RuntimeError, KeyError, ValueError):
+        return True
 
 
 @dataclass(frozen=True)

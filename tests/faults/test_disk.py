@@ -6,12 +6,12 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from caches import fill, groups, open_writer, write_shard
+from disks import leave_bytes, leave_files, mounted, remount, unmount
 from faults import FIRST, SECOND, Judge, limited_write, read_with_few_files, small_spec, start
 from tiny import write_project
 from typer.testing import CliRunner
@@ -26,48 +26,10 @@ from ddk_pipe.stages.cli import app
 PAGE = 4096
 
 
-def mounted(path: Path, options: str) -> bool:
-    """Mount a file system in memory of its own; False where that is not allowed."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "ddk-pipe-test", str(path)]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB and 400 files."""
-    path = tmp_path / "small"
-    if not mounted(path, "size=1m,nr_inodes=400"):
-        pytest.skip("mounting a file system is not allowed here; see test_a_limit_on_the_size_of_files")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def begun(path: Path) -> LocalFolder:
     folder = LocalFolder(path / "cache")
     write_shard(open_writer(folder, small_spec()), FIRST)
     return folder
-
-
-def leave_bytes(disk: Path, free: int) -> None:
-    """Fill the disk up with one file until `free` bytes are left."""
-    filler = disk / "filler"
-    filler.unlink(missing_ok=True)
-    room = os.statvfs(disk)
-    filler.write_bytes(bytes(max(0, room.f_bavail * room.f_bsize - free)))
-
-
-def leave_files(disk: Path, free: int) -> None:
-    """The same with names: the disk has room for `free` more files."""
-    fillers = disk / "fillers"
-    fillers.mkdir(exist_ok=True)
-    for path in fillers.iterdir():
-        path.unlink()
-    for number in range(os.statvfs(disk).f_favail - free):
-        (fillers / str(number)).touch()
 
 
 @pytest.mark.parametrize("full_of", ["bytes", "files"])
@@ -112,7 +74,7 @@ def test_a_full_disk_under_the_real_command(small_disk: Path, tmp_path: Path, ti
     )
     before = [name for name in LocalFolder(small_disk / "cache").names() if name.endswith(".json")]
     (small_disk / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,size=20m,nr_inodes=20k", str(small_disk)], check=True)
+    remount(small_disk, "size=20m,nr_inodes=20k")
     assert CliRunner().invoke(app, ["cache-teacher", str(manifest)]).exit_code == 0
     assert before and set(before) <= set(LocalFolder(small_disk / "cache").names())
     assert verify(LocalFolder(small_disk / "cache")).sound
@@ -143,9 +105,9 @@ def read_only(tmp_path: Path, judge: Judge) -> Iterator[LocalFolder]:
     path = tmp_path / "read-only"
     if mounted(path, "size=1m"):
         folder = begun(path)
-        subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+        remount(path, "ro")
         yield folder
-        subprocess.run(["umount", "-l", str(path)], check=True)
+        unmount(path)
     elif os.geteuid():
         folder = begun(path)
         everything = [path, *(inner for inner in path.rglob("*") if inner.is_dir())]

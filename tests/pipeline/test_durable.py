@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,20 @@ def test_digests_are_canonical(tmp_path: Path) -> None:
 def test_explain_leaves_other_errors_alone() -> None:
     assert durable.explain(OSError(5, "Input/output error")) is None
     assert "no space left" in str(durable.explain(OSError(28, "x", "somewhere")))
+
+
+def test_errors_of_the_system_name_a_path(tmp_path: Path) -> None:
+    for problem in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("I/O error: No (os error 28)"),
+    ):
+        with pytest.raises(OSError) as caught, durable.naming(tmp_path / "here"):
+            raise problem
+        assert str(durable.explain(caught.value)).startswith(
+            f"{tmp_path / 'here'}: no space left on the disk"
+        )
+    with pytest.raises(OSError) as caught, durable.naming(tmp_path / "here"):
+        (tmp_path / "missing").read_bytes()
+    assert caught.value.filename == str(tmp_path / "missing")  # its own name stays
+    with pytest.raises(ValueError, match=r"^other$"), durable.naming(tmp_path / "here"):
+        raise ValueError("other")

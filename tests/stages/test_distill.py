@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.mixing import ddk, ddk_initial
 from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill import Run, distill
+from ddk_pipe.stages.training.checks import lopsided
 from ddk_pipe.stages.training.schedules import gamma_at, learning_rate
 from ddk_pipe.stages.training.show import weight_lines
 from ddk_pipe.stages.training.trackers import folder_of
@@ -85,6 +87,49 @@ def test_one_domain_is_enough(make_project: MakeProject) -> None:
     cache_teacher(load_project(manifest))
     _, folder = run(manifest)
     assert {row["weight"] for row in read_rows(folder, "validation")} == {1.0}
+
+
+def far_behind_in_code(self: Run, record: Any) -> Any:
+    """_start of a student that is three nats further behind on the first domain than it is."""
+    self.teacher_ce = self.teacher_ce - np.array([3.0, 0.0])
+    return START(self, record)
+
+
+START = Run._start
+
+
+def test_an_interval_of_one_domain_alone_is_warned_of_once(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "_start", far_behind_in_code)
+    summary, folder = run(cached)
+    (warning,) = summary["warnings"]
+    assert re.fullmatch(
+        r"code gets (9\d\.\d|100\.0)% of the windows of the interval after step 0; Eq\. 1 has no floor; to train on all"
+        r" of them set distill\.initial: uniform",
+        warning,
+    )
+    assert json.loads((folder / "run.json").read_text())["warnings"] == [warning]
+    assert capsys.readouterr().err.count("distill: warning: code gets") == 1
+    for initial in ("uniform", "natural"):  # then Eq. 2's floor holds at every update
+        calm, _ = run(cached, f"distill.initial={initial}", f"distill.name={initial}")
+        assert calm["warnings"] == []
+
+
+def test_later_intervals_and_the_users_own_word(cached: Path) -> None:
+    sets = ["distill.mixing=gap_softmax", "distill.mixing_options={temperature: 0.001}"]
+    summary, _ = run(cached, *sets)
+    (warning,) = summary["warnings"]
+    assert (
+        "of the windows of the interval after step 2; to train more on the others use distill.mixing: ddk"
+        in warning
+    )
+    assert lopsided(Distill(), ["a", "b"], [0.81, 0.19], step=4) == (
+        "a gets 81.0% of the windows of the interval after step 4;"
+        " to train more on the others set distill.largest_ratio, or lower distill.alpha"
+    )
+    assert lopsided(Distill(), ["a", "b"], [0.2, 0.8], step=0) is None
+    assert lopsided(Distill(), ["a"], [1.0], step=0) is None
 
 
 # --- baselines ----------------------------------------------------------------------------------------
@@ -329,6 +374,14 @@ def test_a_student_of_another_tokenizer(cached: Path, tmp_path: Path) -> None:
     make_model(other, vocab_size=max(400, len(tokenizer.get_vocab())))
     with pytest.raises(DdkError, match=r"student\.model: the tokenizer of .*other is not the one the cache"):
         run(cached, f"student={json.dumps({'model': str(other)})}")
+
+
+def test_a_validation_loss_that_is_not_a_number(cached: Path) -> None:
+    sets = ["distill.optimizer.learning_rate=1e38", "distill.schedule.warmup_fraction=0"]
+    with pytest.raises(
+        DdkError, match=r"the student's validation loss on domain code is (nan|inf); lower distill"
+    ):
+        run(cached, *sets, "distill.interval_steps=1", "distill.optimizer.clip_norm=null")
 
 
 def test_a_cache_without_a_split(cached: Path) -> None:

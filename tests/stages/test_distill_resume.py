@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -15,11 +16,13 @@ import pytest
 import torch
 from ranks import distill_command, finish, kill_when, start_ranks
 from runs import assert_same_bits, order_of, rows_of, weights_of
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.distill import Run, distill
+from ddk_pipe.stages.training.checkpoints import _Unpickler
 from ddk_pipe.stages.training.step import Stepper
 
 STEPS, INTERVAL, CHECKPOINT = 14, 5, 2
@@ -196,13 +199,34 @@ def test_a_checkpoint_runs_no_code(cached: Path, tmp_path: Path, monkeypatch: py
         distill(project)
 
     class Evil:
-        def __reduce__(self) -> Any:
-            return Path.touch, (tmp_path / "owned",)
+        def __init__(self, *call: Any) -> None:
+            self.call = call
 
-    (project.run / "checkpoints" / "step-00000003" / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(DdkError, match="has no place in a checkpoint"):
-        distill(project)
+        def __reduce__(self) -> Any:
+            return self.call[0], self.call[1:]
+
+        def __call__(self) -> None:
+            """So that pickle takes one as a function."""
+
+    direct = Evil(Path.touch, tmp_path / "owned")
+    through_getattr = Evil(Evil(getattr, Path, "touch"), tmp_path / "owned")
+    for evil in (direct, through_getattr):
+        (project.run / "checkpoints" / "step-00000003" / ".metadata").write_bytes(pickle.dumps(evil))
+        with pytest.raises(DdkError, match="has no place in a checkpoint"):
+            distill(project)
     assert not (tmp_path / "owned").exists()
+
+
+def test_enum_members_as_python_3_11_2_pickles_them() -> None:
+    """As getattr(class, name): Debian 12's Python could not read its own checkpoints."""
+    import pickle
+
+    class AsThere:
+        def __reduce__(self) -> Any:
+            return getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+
+    loaded = _Unpickler(io.BytesIO(pickle.dumps(AsThere()))).load()
+    assert loaded is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
 
 
 # --- a loss that is not a number --------------------------------------------------------------------

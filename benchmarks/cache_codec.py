@@ -109,7 +109,9 @@ class Result:
 
 
 def draw(log_p: Tensor, chosen: Plan, rng: np.random.Generator) -> SparseTargets:
-    return select(log_p, chosen, torch.from_numpy(rng.random((len(log_p), chosen.uniforms_per_position))))
+    return select(
+        log_p.exp(), chosen, torch.from_numpy(rng.random((len(log_p), chosen.uniforms_per_position)))
+    )
 
 
 def fit(material: Material, plans: dict[str, Plan], rng: np.random.Generator) -> dict[str, Codec]:

@@ -174,7 +174,7 @@ def through_codec(
     """What a student reads from a cache of the distributions [n, V]."""
     label_codes = encode_log(logprobs.gather(1, labels[:, None])[:, 0].numpy())
     context = Context(labels.numpy(), label_codes, key)
-    targets = select(logprobs, codec.plan, uniforms)
+    targets = select(logprobs.exp(), codec.plan, uniforms)
     return codec.decode(codec.encode(targets, context), context)
 
 

@@ -121,7 +121,7 @@ def teach(plan: Plan) -> list[Tensor]:
     inputs, labels = tokens[:-1].view(-1, WINDOW), tokens[1:].view(-1, WINDOW)
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     parts = [
-        top_with_tail(model(input_ids=some).logits.flatten(0, 1).log_softmax(1), K, floor=0.0)
+        top_with_tail(model(input_ids=some).logits.flatten(0, 1).softmax(1), K, floor=0.0)
         for some in torch.split(inputs, BATCH)
     ]
     targets = stack(parts)

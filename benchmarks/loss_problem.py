@@ -92,7 +92,7 @@ class RealProblem(Problem):
 
     def _targets(self, start: int) -> SparseTargets:
         logits = self.teacher_hidden[start : start + CHUNK] @ self.teacher_weight.t()
-        return top_with_tail(torch.log_softmax(logits, 1), K, floor=0.0)
+        return top_with_tail(torch.softmax(logits, 1), K, floor=0.0)
 
     def with_dense_teacher(self) -> RealProblem:
         """The same, `teacher` filled."""

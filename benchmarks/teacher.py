@@ -147,7 +147,7 @@ def clocked(owner: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
 def breakdown(teacher: VllmTeacher, windows: list[Window], vocab_size: int) -> dict[str, float]:
     """Process-CPU seconds of the parts of one step: predict, of that select; encode; write and read back."""
     seconds: dict[str, float] = {}
-    with clocked(vllm_worker, "select_logits", seconds), clocked(torch, "log_softmax", seconds):
+    with clocked(vllm_worker, "select_logits", seconds), clocked(torch, "softmax", seconds):
         began = time.process_time()
         selected = teacher.select(windows, PLAN)
         seconds["predict"] = time.process_time() - began
@@ -182,8 +182,8 @@ def breakdown_row(runs: list[dict[str, float]]) -> Row:
     middle = {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
     step = middle["predict"] + middle["encode_and_write"]
     parts = {
-        "softmax": middle["log_softmax"],
-        "selection_without_softmax": middle["select_logits"] - middle["log_softmax"],
+        "softmax": middle["softmax"],
+        "selection_without_softmax": middle["select_logits"] - middle["softmax"],
         "encode": middle["_content"],
         "write_and_read_back": middle["encode_and_write"] - middle["_content"],
     }

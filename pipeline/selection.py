@@ -1,4 +1,4 @@
-"""Dense teacher log-probabilities -> SparseTargets: a head kept exactly and a rule for the rest.
+"""Dense teacher probabilities -> SparseTargets: a head kept exactly and a rule for the rest.
 
 | scheme    | head            | rest, of mass R                              | property            |
 |-----------|-----------------|----------------------------------------------|---------------------|
@@ -28,6 +28,7 @@ from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets, stack
 
 BLOCK = 256  # tokens per block of the two-level draw
 HEAD_BYTES = 256 << 20  # memory for the logits of one run of the output layer: at 64 MB its product is slower
+RARE = 1e-30  # probabilities below lose digits in float32, and vanish near 1e-38
 # rows selected at once, on a CPU (few enough for its cache, many enough that calls of torch cost little) or elsewhere
 BLOCK_BYTES = {True: 16 << 20, False: 256 << 20}
 
@@ -113,8 +114,7 @@ def select_logits(logits: Tensor, labels: Tensor, plan: Plan, uniforms: Tensor) 
     """Teacher logits -> what the cache keeps, on the logits' device.
 
     logits [N, V] in any float type, labels int64 [N] (negative: no label, no targets), uniforms float64
-    [temperatures, N, plan.uniforms_per_position]. Log-probabilities are formed in float32 over the whole
-    vocabulary. Raises FloatingPointError if a labelled row holds NaN or +inf.
+    [temperatures, N, plan.uniforms_per_position]. Probabilities are formed in float32 over the whole vocabulary. Raises FloatingPointError if a labelled row holds NaN or +inf.
     """
     rows = max(1, BLOCK_BYTES[logits.device.type == "cpu"] // (4 * logits.shape[1]))
     blocks = [slice(start, start + rows) for start in range(0, max(len(logits), 1), rows)]
@@ -125,36 +125,47 @@ def _select_block(logits: Tensor, labels: Tensor, plan: Plan, uniforms: Tensor) 
     live = (labels >= 0).nonzero()[:, 0]
     if len(live) < len(labels):
         logits, uniforms = logits[live], uniforms[:, live]
-    logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    if bool(logprobs[:, 0].isnan().any()):  # NaN or +inf anywhere in a row make all of it NaN
+    p = torch.softmax(logits, dim=1, dtype=torch.float32)
+    if bool(p[:, 0].isnan().any()):  # NaN or +inf anywhere in a row make all of it NaN
         raise FloatingPointError("the teacher's logits hold NaN or infinity")
     label_logprobs = torch.full(labels.shape, float("nan"), device=logits.device)
-    label_logprobs[live] = logprobs.gather(1, labels[live, None])[:, 0]
+    label_logprobs[live] = _logprobs_of(labels[live], p, logits)
     targets = []
     for temperature, numbers in zip(plan.temperatures, uniforms, strict=True):
-        softened = logprobs if temperature == 1.0 else torch.log_softmax(logprobs / temperature, dim=1)
+        softened = p if temperature == 1.0 else torch.softmax(logits.float() / temperature, dim=1)
         targets.append(_spread(select(softened, plan, numbers), live, len(labels)))
     return Selected(label_logprobs, tuple(targets))
 
 
-def select(logprobs: Tensor, plan: Plan, uniforms: Tensor) -> SparseTargets:
-    """One temperature: float32 log-probabilities [N, V], uniforms float64 [N, draws] -> SparseTargets."""
+def _logprobs_of(labels: Tensor, p: Tensor, logits: Tensor) -> Tensor:
+    """log p of the labels, float32 [N], where p has underflowed too: a log-softmax of all would be one more pass."""
+    taken = p.gather(1, labels[:, None])[:, 0]
+    logprobs = taken.log()
+    rare = (taken < RARE).nonzero()[:, 0]
+    if len(rare):
+        exact = torch.log_softmax(logits[rare], dim=1, dtype=torch.float32)
+        logprobs[rare] = exact.gather(1, labels[rare, None])[:, 0]
+    return logprobs
+
+
+def select(p: Tensor, plan: Plan, uniforms: Tensor) -> SparseTargets:
+    """One temperature: float32 probabilities [N, V], uniforms float64 [N, draws] -> SparseTargets."""
     if plan.scheme == "pps":
-        return pps(logprobs, plan.tau, uniforms[:, 0])
+        return pps(p, plan.tau, uniforms[:, 0])
     if plan.scheme == "random":
-        return random_draws(logprobs, uniforms)
+        return random_draws(p, uniforms)
     if plan.scheme == "threshold":
-        return top_with_tail(logprobs, plan.cap, floor=plan.tau)
-    return top_with_tail(logprobs, plan.k, floor=0.0)
+        return top_with_tail(p, plan.cap, floor=plan.tau)
+    return top_with_tail(p, plan.k, floor=0.0)
 
 
-def pps(logprobs: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
+def pps(p: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
     """Exact head p >= tau and n = ceil(R / tau) systematic draws of weight R / n from the rest, of mass R.
 
-    logprobs float32 [N, V], offsets float64 [N] in [0, 1). E[weight] = p for every token; the weights of a row
+    p float32 [N, V], offsets float64 [N] in [0, 1). E[weight] = p for every token; the weights of a row
     sum to 1. Draws run in token-id order (no sort needed; as good as the best order tried, facts/cache.md).
     """
-    p = _blocks(logprobs)
+    p = _blocks(p)
     sums = p.sum(2)
     head_ids, head_weights = _take_head(p, sums, tau)
     outer = sums.double().cumsum(1)
@@ -168,9 +179,9 @@ def pps(logprobs: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
     return _build(torch.cat([head_ids, ids], dim=1), torch.cat([head_weights, counts * share], dim=1))
 
 
-def random_draws(logprobs: Tensor, uniforms: Tensor) -> SparseTargets:
+def random_draws(p: Tensor, uniforms: Tensor) -> SparseTargets:
     """n draws with replacement, weight count / n (Random Sampling KD, arXiv 2503.16870). uniforms float64 [N, n]."""
-    p = _blocks(logprobs)
+    p = _blocks(p)
     points = uniforms.sort(1).values
     ids, counts = _merge(
         _draw(p, p.sum(2).double().cumsum(1), points, torch.ones_like(points, dtype=torch.bool))
@@ -178,14 +189,13 @@ def random_draws(logprobs: Tensor, uniforms: Tensor) -> SparseTargets:
     return _build(ids, counts.double())
 
 
-def _blocks(logprobs: Tensor) -> Tensor:
-    """Probabilities [N, B, BLOCK], the vocabulary in blocks and filled up with zeros."""
-    n, vocab_size = logprobs.shape
-    width = -(-vocab_size // BLOCK) * BLOCK
-    p = logprobs.new_empty(n, width)
-    p[:, vocab_size:] = 0.0
-    torch.exp(logprobs, out=p[:, :vocab_size])
-    return p.view(n, width // BLOCK, BLOCK)
+def _blocks(p: Tensor) -> Tensor:
+    """A copy of p [N, V] as [N, B, BLOCK]: the vocabulary in blocks, filled up with zeros."""
+    width = -(-p.shape[1] // BLOCK) * BLOCK
+    blocks = p.new_empty(len(p), width)
+    blocks[:, : p.shape[1]] = p
+    blocks[:, p.shape[1] :] = 0.0
+    return blocks.view(len(p), width // BLOCK, BLOCK)
 
 
 def _take_head(p: Tensor, sums: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -238,18 +248,18 @@ def _find(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     return index, points - before
 
 
-def top_with_tail(logprobs: Tensor, k: int, *, floor: float) -> SparseTargets:
-    """The k largest entries with p >= floor, exactly; tail = log of the mass of all others.
+def top_with_tail(p: Tensor, k: int, *, floor: float) -> SparseTargets:
+    """The k largest entries with p >= floor (and above 0), exactly; tail = log of the mass of all others.
 
-    The tail is a log-sum-exp over the others themselves: 1 - sum would cancel where the kept mass is near 1.
+    The tail is a sum over the others themselves: 1 - sum would cancel where the kept mass is near 1.
     """
-    values, ids = logprobs.topk(min(k, logprobs.shape[1]), dim=1)
-    kept = values.exp() >= floor
+    values, ids = p.topk(min(k, p.shape[1]), dim=1)
+    kept = (values >= floor) & (values > 0)
     rows, slots = kept.nonzero(as_tuple=True)
-    others = logprobs.index_put((rows, ids[rows, slots]), torch.tensor(float("-inf"), device=logprobs.device))
-    tail = torch.logsumexp(others, dim=1)
+    others = p.index_put((rows, ids[rows, slots]), torch.zeros((), device=p.device))
+    tail = others.sum(1, dtype=torch.float64).log()
     ids = torch.where(kept, ids, PADDING_ID)
-    return _build(ids, torch.where(kept, values.exp(), 0.0).double(), tail=tail.double())
+    return _build(ids, torch.where(kept, values, 0.0).double(), tail=tail)
 
 
 def _merge(picked: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,12 @@ def dense(targets: SparseTargets, vocab: int) -> torch.Tensor:
 def test_weights_are_unbiased_over_1000_seeds(name: str, scheme: str) -> None:
     """Every token's mean weight within 5 standard errors of its probability."""
     p = torch.tensor(SHAPES[name], dtype=torch.float64)
-    logprobs = p.log().float()[None].expand(1000, -1).contiguous()
+    rows = p.float()[None].expand(1000, -1).contiguous()
     generator = torch.Generator().manual_seed(1)
     if scheme == "pps":
-        targets = pps(logprobs, 0.02, torch.rand(1000, generator=generator, dtype=torch.float64))
+        targets = pps(rows, 0.02, torch.rand(1000, generator=generator, dtype=torch.float64))
     else:
-        targets = random_draws(logprobs, torch.rand(1000, 20, generator=generator, dtype=torch.float64))
+        targets = random_draws(rows, torch.rand(1000, 20, generator=generator, dtype=torch.float64))
     weights = dense(targets, len(p))
     error = (weights.mean(0) - p).abs()
     allowed = 5 * weights.std(0) / math.sqrt(1000) + 1e-6
@@ -56,9 +56,8 @@ def test_weights_are_unbiased_over_1000_seeds(name: str, scheme: str) -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_pps_keeps_the_head_exactly_and_sums_to_one(logits: list[float], tau: float, offset: float) -> None:
-    logprobs = torch.log_softmax(torch.tensor([logits]), 1)
-    p = logprobs.exp()[0]
-    targets = pps(logprobs, tau, torch.tensor([offset], dtype=torch.float64))
+    p = torch.softmax(torch.tensor([logits]), 1)[0]
+    targets = pps(p[None], tau, torch.tensor([offset], dtype=torch.float64))
     targets.validate(len(logits))
     weights = dense(targets, len(logits))[0]
     head = p >= tau
@@ -76,7 +75,7 @@ def test_pps_draws_hit_each_token_its_expected_number_of_times_within_one() -> N
     p = torch.tensor([*([0.019] * 50), 0.05])
     p = p / p.sum()
     for offset in np.linspace(0, 0.999, 23):
-        targets = pps(p.log()[None], 0.02, torch.tensor([offset]).double())
+        targets = pps(p[None], 0.02, torch.tensor([offset]).double())
         rest = float(p[:50].double().sum())
         draws = math.ceil(rest / 0.02)
         counts = dense(targets, 51)[0, :50] / (rest / draws)
@@ -89,9 +88,9 @@ def test_pps_draws_hit_each_token_its_expected_number_of_times_within_one() -> N
 def test_topk_and_threshold_against_sorting() -> None:
     logprobs = torch.log_softmax(torch.randn(7, 50, generator=torch.Generator().manual_seed(3)) * 2, 1)
     for targets, keep in (
-        (top_with_tail(logprobs, 3, floor=0.0), lambda row: row.argsort(descending=True)[:3]),
+        (top_with_tail(logprobs.exp(), 3, floor=0.0), lambda row: row.argsort(descending=True)[:3]),
         (
-            top_with_tail(logprobs, 4, floor=0.05),
+            top_with_tail(logprobs.exp(), 4, floor=0.05),
             lambda row: [i for i in row.argsort(descending=True)[:4] if row[i].exp() >= 0.05],
         ),
     ):
@@ -107,13 +106,13 @@ def test_topk_and_threshold_against_sorting() -> None:
 
 def test_tail_is_exact_where_one_minus_sum_would_cancel() -> None:
     logits = torch.tensor([[60.0, 1.0, 2.0, 3.0]])
-    targets = top_with_tail(torch.log_softmax(logits, 1), 1, floor=0.0)
+    targets = top_with_tail(torch.softmax(logits, 1), 1, floor=0.0)
     exact = torch.logsumexp(logits[0, 1:].double(), 0) - torch.logsumexp(logits[0].double(), 0)
     assert float(targets.tail[0]) == pytest.approx(float(exact), rel=1e-6)
 
 
 def test_whole_vocabulary_kept_means_no_tail() -> None:
-    targets = top_with_tail(torch.log_softmax(torch.randn(2, 5), 1), 9, floor=0.0)
+    targets = top_with_tail(torch.softmax(torch.randn(2, 5), 1), 9, floor=0.0)
     assert targets.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert targets.tail.tolist() == [float("-inf")] * 2
 
@@ -121,9 +120,9 @@ def test_whole_vocabulary_kept_means_no_tail() -> None:
 def test_large_vocabulary_keeps_its_tail() -> None:
     """A float32 running sum over 262,144 tiny probabilities would drift; the draws must not."""
     vocab = 262_144
-    logprobs = torch.full((1, vocab), math.log(1 / vocab))
+    p = torch.full((1, vocab), 1 / vocab)
     ids = torch.cat(
-        [pps(logprobs, 0.02, torch.tensor([o], dtype=torch.float64)).ids for o in np.linspace(0, 0.99, 20)]
+        [pps(p, 0.02, torch.tensor([o], dtype=torch.float64)).ids for o in np.linspace(0, 0.99, 20)]
     )
     assert 0.48 < float(ids.double().mean()) / vocab < 0.52
     assert int(ids.max()) > 0.98 * vocab and int(ids.min()) < 0.02 * vocab
@@ -136,6 +135,20 @@ def test_positions_without_label_get_no_targets() -> None:
     selected = select_logits(torch.randn(4, 9), labels, chosen, uniforms)
     assert selected.label_logprobs.isnan().tolist() == [False, True, False, True]
     assert (selected.targets[0].ids >= 0).any(1).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("scheme", ["pps", "topk"])
+def test_labels_keep_their_logprob_where_the_probability_underflows(scheme: str) -> None:
+    logits = torch.tensor([[0.0, -60.0, -80.0, -150.0, -400.0, 3.0]] * 6)
+    labels = torch.arange(6)
+    plan = Plan(scheme, 0.02, 6, 256, 50, (1.0, 2.0), 0)
+    selected = select_logits(
+        logits, labels, plan, torch.full((2, 6, plan.uniforms_per_position), 0.5).double()
+    )
+    exact = torch.log_softmax(logits.double(), 1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(selected.label_logprobs.double(), exact, rtol=1e-6, atol=1e-6)
+    for targets in selected.targets:
+        targets.validate(6)
 
 
 def test_selection_does_not_depend_on_how_positions_are_cut_into_blocks() -> None:

@@ -33,7 +33,7 @@ def dense(spread: float) -> torch.Tensor:
 
 def drawn(log_p: torch.Tensor, plan: Plan, seed: int) -> SparseTargets:
     uniforms = np.random.default_rng(seed).random((len(log_p), plan.uniforms_per_position))
-    return select(log_p, plan, torch.from_numpy(uniforms))
+    return select(log_p.exp(), plan, torch.from_numpy(uniforms))
 
 
 def coded(log_p: torch.Tensor, plan: Plan, seed: int) -> SparseTargets:

@@ -163,8 +163,7 @@ def check(table: str, sweep: Row, folder: Path) -> bool:
     """Make the table's first run again, caches and all, in a folder of its own; True if its figures are the same."""
     scratch = folder / "check"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    (scratch / "material").symlink_to((folder / "material").absolute())
+    shutil.copytree(folder / "material", scratch / "material")  # a link would leave the manifest's folder
     first = settings(sweep)[0]
     one = {"name": table, "manifest": sweep["manifest"], "set": first, "seeds": sweep["seeds"][:1]}
     train(one, scratch, 1)

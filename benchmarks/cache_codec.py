@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common import Row, report
+from common import TEACHER, Row, report
 
 from ddk_pipe.stages.runtime import prepare_cpu
 
@@ -46,7 +46,6 @@ from teacher_states import (
     DOMAINS,
     PILOT_WINDOWS,
     SCRATCH,
-    TEACHER,
     WINDOW,
     Material,
     load,

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Row, report
+from common import TEACHER, Row, report
 
 from ddk_pipe.stages.runtime import prepare_cpu
 
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from cache_goals import REFERENCE, jackknife
 from numpy.typing import NDArray
-from teacher_states import CORPUS, SCRATCH, TEACHER, WINDOW, Domain, load
+from teacher_states import CORPUS, SCRATCH, WINDOW, Domain, load
 from torch import Tensor, nn
 
 from ddk_pipe.pipeline.codec import Codec, Context, Ranks, encode_log

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, fresh_process, goal, peak_growth, report, spread
+from common import Row, fresh_process, goal, peak_growth, report, spread, teacher_option
 
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.manifest import Project, load_project
@@ -247,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M; made if left out")
+    teacher_option(parser)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=2048, help="of one step")
     parser.add_argument("--layers", type=int, default=KEPT_LAYERS, help="of the student")
@@ -262,13 +262,10 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="distill-step-"))
     try:
-        teacher = args.teacher
-        if teacher is None:
-            from ddk_pipe.stages.demo_material import write_teacher
+        from ddk_pipe.stages.demo_material import write_teacher
 
-            teacher = folder / "teacher"
-            write_teacher(teacher)
-        manifest = make_project(folder, teacher.resolve(), args.tokens, args.layers)
+        write_teacher(args.teacher)
+        manifest = make_project(folder, args.teacher.resolve(), args.tokens, args.layers)
         rows, goals = measure(manifest, args.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

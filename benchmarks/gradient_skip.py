@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Row, goal, report
+from common import ROOT, TEACHER, Row, goal, report
 
 from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
 
 import torch
-from loss_problem import TEACHER, K
+from loss_problem import K
 from torch import Tensor
 
 from ddk_pipe.pipeline import gradient_skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import TEACHER
 from torch import Tensor
 
 from ddk_pipe.pipeline.losses import linear_sparse_kd
@@ -19,7 +19,6 @@ from ddk_pipe.pipeline.targets import SparseTargets, stack
 K = 64
 CHUNK = 128
 PRODUCT_ROWS = 512
-TEACHER = Path(__file__).resolve().parents[1] / "runs" / "demo" / "teacher"
 
 
 class Problem:

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, goal, report
+from common import Row, goal, report, teacher_option
 from torch import Tensor
 
 from ddk_pipe.pipeline.cache import CachedWindow
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M; made if left out")
+    teacher_option(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path)
@@ -258,13 +258,10 @@ def main() -> None:
     command = " ".join(["python", "benchmarks/offline_online.py", *sys.argv[1:]])
     losses: dict[str, list[tuple[float, float]]] = {name: [] for name in SETS}
     try:
-        teacher = args.teacher
-        if teacher is None:
-            from ddk_pipe.stages.demo_material import write_teacher
+        from ddk_pipe.stages.demo_material import write_teacher
 
-            teacher = folder / "teacher"
-            write_teacher(teacher)
-        manifest = make_project(folder, teacher.resolve(), args.steps)
+        write_teacher(args.teacher)
+        manifest = make_project(folder, args.teacher.resolve(), args.steps)
         judge = Judge(load_project(manifest))
         for names in (GOALS_NEED, BESIDE):
             for seed in range(args.seeds):

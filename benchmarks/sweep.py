@@ -5,8 +5,10 @@
 
 What is saved grows with teacher / student, so there are two students: `seventh` has a seventh of the teacher's
 parameters, which is about the pairs of the DDK paper (14B to 1.8B, 13B to 1.1B), and `six_layers` keeps 6 of its 30
-layers and its whole vocabulary matrix, which leaves more than a third. Two mixing rules times two seeds, the same students, steps and batches on both sides: `ddk-pipe sweep` over a cache, and the
-same sweep file with `distill.targets: online` (a dense teacher in memory). Every run is a command of its own, offline and online in
+layers and its whole vocabulary matrix, which leaves more than a third.
+
+Two mixing rules times two seeds, the same students, steps and batches on both sides: `ddk-pipe sweep` over a cache,
+and the same sweep file with `distill.targets: online` (a dense teacher in memory). Every run is a command of its own, offline and online in
 turn, and is charged everything it does: starting, building the student, validation, writing it. Costs are seconds of CPU of
 the command and its children, with the wall time beside them. The cache's cost is `ddk-pipe cache-teacher`; the text is prepared before,
 for both. The break-even is the number of students from which the cache has paid for itself:
@@ -27,12 +29,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Row, goal, report, spread
+from common import ROOT, Row, goal, report, spread, teacher_option
 
 from ddk_pipe.pipeline.sweep_spec import load_sweep
 from ddk_pipe.stages import demo_material
 
-TEACHER = ROOT / "runs" / "demo" / "teacher"
 DOMAINS = ("python_code", "documentation", "licences", "plays")
 RULES, SEEDS = ("ddk", "uniform"), (0, 1)
 SIDES = ("offline", "online")
@@ -59,14 +60,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--json", type=Path, help="write the result there")
-    options.add_argument("--teacher", type=Path, default=TEACHER, help="SmolLM2-135M; made if it is missing")
+    teacher_option(options)
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--windows", type=int, default=32, help="training windows per domain")
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks" / "sweep")
     options.add_argument("--student", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
     given = options.parse_args()
-    if not given.teacher.is_dir():
-        demo_material.write_teacher(given.teacher)
+    demo_material.write_teacher(given.teacher)
     for student in given.student:
         measure(student, given)
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from ddk_pipe.pipeline.selection import head_rows
 from ddk_pipe.stages.demo_material import write_teacher
 
-TEACHER = ROOT / "runs" / "demo" / "teacher"
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"
 SCRATCH = ROOT / "runs" / "cache_codec"
 DOMAINS = ("code_python", "tech_docs_en", "encyclopedia_en", "speeches_en", "de_docs", "legal_en")

@@ -73,9 +73,8 @@ def _chunk(logits: Tensor, labels: Tensor, targets: SparseTargets, temperature: 
 
 def sums_by_confidence(confidence: Tensor, hit: Tensor) -> Tensor:
     """Positions, confidence and hits added up in bins of confidence, float64 [3, BINS]; both inputs float64 [N]."""
-    bins = (
-        (confidence * BINS).long().clamp_(0, BINS - 1)
-    )  # NaN, a diverged student, becomes a negative number
+    # from below too: NaN, of a diverged student, becomes a negative number
+    bins = (confidence * BINS).long().clamp_(0, BINS - 1)
     return torch.stack(
         [
             torch.zeros(BINS, dtype=torch.float64, device=confidence.device).index_add_(0, bins, values)

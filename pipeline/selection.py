@@ -114,7 +114,8 @@ def select_logits(logits: Tensor, labels: Tensor, plan: Plan, uniforms: Tensor) 
     """Teacher logits -> what the cache keeps, on the logits' device.
 
     logits [N, V] in any float type, labels int64 [N] (negative: no label, no targets), uniforms float64
-    [temperatures, N, plan.uniforms_per_position]. Probabilities are formed in float32 over the whole vocabulary. Raises FloatingPointError if a labelled row holds NaN or +inf.
+    [temperatures, N, plan.uniforms_per_position]. Probabilities are formed in float32 over the whole
+    vocabulary. Raises FloatingPointError if a labelled row holds NaN or +inf.
     """
     rows = max(1, BLOCK_BYTES[logits.device.type == "cpu"] // (4 * logits.shape[1]))
     blocks = [slice(start, start + rows) for start in range(0, max(len(logits), 1), rows)]
@@ -228,9 +229,8 @@ def _draw(p: Tensor, outer: Tensor, points: Tensor, live: Tensor) -> Tensor:
     all of it costs more than the softmax. The sum of one block is good enough in float32.
     """
     block, residual = _find(outer, points * outer[:, -1:])
-    row, slot = live.nonzero(
-        as_tuple=True
-    )  # a third, as rows have as many slots as the flattest of them draws
+    # a third of the slots: rows have as many as the flattest of them draws
+    row, slot = live.nonzero(as_tuple=True)
     block, residual = block[row, slot], residual[row, slot]
     lane, _ = _find(p[row, block].cumsum(1, dtype=torch.float64), residual[:, None])
     ids = torch.full(points.shape, PADDING_ID, device=points.device)

@@ -10,6 +10,7 @@ ece                      expected calibration error of the student's likeliest t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Measure:
         return [{"domain": domain, **_figures(model, windows)} for domain, windows in self.domains.items()]
 
 
+@functools.cache  # every run of a table asks for the few caches of it
 def bytes_per_position(cache: Path) -> float:
     """Of a cache: what the targets of a position with a label take."""
     folder = open_folder(cache)

@@ -15,7 +15,6 @@ with its rows: the figures have to be the same.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from ddk_pipe.pipeline.sweep_spec import Sweep, SweepSpec
 from ddk_pipe.stages.runtime import prepare_cpu
 
 prepare_cpu()
@@ -74,10 +74,9 @@ def main() -> None:
 
 
 def settings(sweep: Row) -> list[Row]:
-    """Of every run, seeds aside: what it changes."""
-    grid = sweep.get("grid", {})
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [{**sweep.get("set", {}), **point, **run} for run in sweep.get("runs", [{}]) for point in points]
+    """Of every run, seeds aside: what it changes in the manifest."""
+    spec = SweepSpec.model_validate({**sweep, "seeds": [0]})
+    return [{**spec.set, **run.changes} for run in Sweep(HERE, "study", spec, HERE).expand()]
 
 
 def models(sweep: Row) -> set[str]:

@@ -104,9 +104,8 @@ def trials_before(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
         )
     trials: list[dict[str, Any]] = []
     for run in record["runs"]:
-        values = {
-            field: run["changes"][field] for field in search["space"]
-        }  # the file is sorted, names are not
+        # in the space's order: the file is sorted, names are not
+        values = {field: run["changes"][field] for field in search["space"]}
         if values not in trials:
             trials.append(values)
     return trials

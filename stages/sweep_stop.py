@@ -11,12 +11,12 @@ ranked by its lucky seeds only. With several runs at once it depends on how far 
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.stages.sweep_table import read_note
 
 STOPPED = "stopped early"
 
@@ -47,7 +47,7 @@ class Judge:
 
 def stopped_at(note: Path) -> int | None:
     """The step at which a run was stopped early, by the sweep's note of it; none if it was not."""
-    noted = json.loads(note.read_bytes()) if note.is_file() else {}
+    noted = read_note(note)
     return int(noted["step"]) if noted.get("status") == STOPPED else None
 
 

@@ -41,7 +41,6 @@ from torch import Tensor
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.dense_kd import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.manifest import Project, load_project
-from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.stages.distill import Run
 from ddk_pipe.stages.runtime import prepare_cpu
 from ddk_pipe.stages.teachers.hf import HfTeacher
@@ -56,7 +55,7 @@ WITHIN = 0.005  # of online's validation loss
 SETS: dict[str, list[str]] = {
     "online": ["distill.targets=online"],
     "pps": [],
-    "topk_renorm": ["cache.scheme=topk", f"cache.k={TOP_K}", "cache.path=topk"],
+    "topk_renorm": ["cache.scheme=topk", f"cache.k={TOP_K}", "cache.path=topk", "distill.tail=renormalise"],
     "topk_bucket": ["cache.scheme=topk", f"cache.k={TOP_K}", "cache.path=topk"],
     "ce": ["distill.gamma=0"],
 }
@@ -93,29 +92,12 @@ class KnownOnline(OnlineSource):
         return Batch(bare.tokens, bare.labels, KnownOnline.known.targets(windows))
 
 
-class Renormalised(CacheSource):
-    """A top-k cache whose bucket is thrown away."""
-
-    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
-        batch = super().batch(windows, device)
-        assert isinstance(batch.targets, SparseTargets)
-        scaled = batch.targets.logprobs - batch.targets.logprobs.logsumexp(1, keepdim=True)
-        scaled = torch.where(batch.targets.ids >= 0, scaled, float("-inf"))
-        nothing = torch.full_like(batch.targets.tail, float("-inf"))
-        return Batch(batch.tokens, batch.labels, SparseTargets(batch.targets.ids, scaled, nothing))
-
-
 class OnlineRun(Run):
     def _source(self) -> Source:
         return KnownOnline(self.project, self.device, lead=True, wait=self.world.wait)
 
 
-class RenormalisedRun(Run):
-    def _source(self) -> Source:
-        return Renormalised(self.project)
-
-
-KINDS: dict[str, type[Run]] = {"online": OnlineRun, "topk_renorm": RenormalisedRun}
+KINDS: dict[str, type[Run]] = {"online": OnlineRun}
 
 
 class Judge:

@@ -227,6 +227,11 @@ class Distill(Section):
     direction: Literal["forward", "reverse"] = Field(
         "forward", description="KL(teacher || student), or reverse (needs a scheme with a tail bucket)"
     )
+    tail: Literal["keep", "renormalise"] = Field(
+        "keep",
+        description="a cache's tail bucket (threshold, topk); renormalise: throw it away and scale what is left to sum 1,"
+        " as much top-k distillation does: biased, to compare with",
+    )
     mixing: str = Field(
         "ddk",
         description="rule for the domain weights: ddk, ddk_unsmoothed, uniform, natural, doremi, sheared, gap_softmax,"

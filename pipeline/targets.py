@@ -37,6 +37,18 @@ class SparseTargets:
         """The positions that `index` selects, in its order."""
         return SparseTargets(ids=self.ids[index], logprobs=self.logprobs[index], tail=self.tail[index])
 
+    def renormalised(self) -> SparseTargets:
+        """Without the tail: the weights of a row scaled to sum 1. Says that all other tokens have probability 0.
+
+        What MaxText and ms-swift do with a top-k cache (docs/peers.md). A row without an entry stays silent.
+        """
+        scaled = self.logprobs - self.logprobs.logsumexp(1, keepdim=True)
+        return SparseTargets(
+            ids=self.ids,
+            logprobs=torch.where(self.ids >= 0, scaled, float("-inf")),
+            tail=torch.full_like(self.tail, float("-inf")),
+        )
+
     def to(self, device: torch.device | str) -> SparseTargets:
         """The same targets on another device."""
         return SparseTargets(

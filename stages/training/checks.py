@@ -35,6 +35,20 @@ def shared_tokenizer(project: Project, digest: str) -> Any:
     return loaded[0]
 
 
+def check_tail(options: Distill, scheme: str, *, has_tail: bool) -> None:
+    """Raises DdkError for options that want a tail bucket of a cache of a scheme that keeps none."""
+    if options.direction == "reverse" and not has_tail:
+        raise DdkError(
+            f"distill.direction: reverse KL needs a tail bucket, and {scheme} caches have none",
+            hint="cache with scheme: threshold or topk, or use direction: forward",
+        )
+    if options.tail == "renormalise" and not has_tail:
+        raise DdkError(
+            f"distill.tail: {scheme} caches have no tail to throw away",
+            hint="cache with scheme: threshold or topk, or use tail: keep",
+        )
+
+
 def windows_per_step(options: Distill, seq_len: int, world_size: int = 1) -> int:
     """Windows of one optimizer step, over all processes: batch_tokens / seq_len, rounded, at least 1.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project, Schedule, Student
-from ddk_pipe.stages.training.checks import mixing_rule, windows_per_step
+from ddk_pipe.stages.training.checks import check_tail, mixing_rule, windows_per_step
 from ddk_pipe.stages.training.validation_size import windows_per_domain
 
 TAIL_SCHEMES = ("threshold", "topk")
@@ -41,11 +41,7 @@ def _check_targets(project: Project) -> None:
             f"distill.temperature: {options.temperature} is not in cache.temperatures ({listed})",
             hint="use one of those, or add it there before caching",
         )
-    if options.direction == "reverse" and cache.scheme not in TAIL_SCHEMES:
-        raise DdkError(
-            f"distill.direction: reverse KL needs a tail bucket, and cache.scheme is {cache.scheme}",
-            hint="cache with scheme: threshold or topk, or use direction: forward",
-        )
+    check_tail(options, cache.scheme, has_tail=cache.scheme in TAIL_SCHEMES)
 
 
 def _lines(project: Project) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from ddk_pipe.pipeline.tokens import (
     tokenizer_digest,
     tokenizer_size,
 )
+from ddk_pipe.stages.training.checks import check_tail
 
 NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
 ONLINE_VALIDATION_K = 128  # the teacher's tokens kept for validation; the rest is one bucket
@@ -80,11 +81,8 @@ class CacheSource:
         options, self.domains = project.manifest.distill, list(project.manifest.domains)
         self.reader = CacheReader(project.cache, options.temperature)
         spec = self.reader.spec
-        if options.direction == "reverse" and not spec.plan.has_tail:
-            raise DdkError(
-                f"distill.direction: reverse KL needs a tail bucket, and the cache holds {spec.plan.scheme}",
-                hint="cache with scheme: threshold or topk, or use direction: forward",
-            )
+        check_tail(options, spec.plan.scheme, has_tail=spec.plan.has_tail)
+        self.renormalise = options.tail == "renormalise"
         if spec.seq_len != project.manifest.seq_len:
             raise DdkError(
                 f"seq_len {project.manifest.seq_len}, the cache at {project.cache} has {spec.seq_len}",
@@ -105,6 +103,8 @@ class CacheSource:
         return [self.reader.read(name, VALIDATION, window) for window in wanted]
 
     def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+        if self.renormalise:
+            windows = [replace(window, targets=window.targets.renormalised()) for window in windows]
         return sparse_batch(windows, device)
 
 

@@ -50,3 +50,13 @@ def test_stack_pads_to_the_widest_and_keeps_the_order() -> None:
     both.validate(5)
     assert both.ids.tolist() == [[4, -1, -1], [0, 1, 2]]
     assert both.rows(slice(1, 2)).logprobs.equal(wide.logprobs)
+
+
+def test_renormalised_scales_the_head_and_throws_the_tail_away() -> None:
+    rows = targets([[1, 5], [3, -1], [-1, -1]], [[0.5, 0.25], [0.2, 0.0], [0.0, 0.0]], [0.25, 0.8, 1.0])
+    found = rows.renormalised()
+    found.validate(6)
+    assert found.ids.equal(rows.ids)
+    torch.testing.assert_close(found.logprobs.exp(), torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0], [0.0, 0.0]]))
+    assert found.tail.tolist() == [NONE] * 3
+    assert targets([[]], [[]], [1.0]).renormalised().positions == 1

@@ -267,6 +267,7 @@ def test_student_too_short_for_the_windows(cached: Path) -> None:
     [
         ("distill.temperature=2.0", "temperature 2.0 is not in the cache (it has 1.0)"),
         ("distill.direction=reverse", "reverse KL needs a tail bucket"),
+        ("distill.tail=renormalise", "pps caches have no tail to throw away"),
         ("student.keep_layers=[7]", "layer 7 of a teacher with 3 layers"),
         ("seq_len=16", "the cache at"),
         ("student=null", "student: missing"),

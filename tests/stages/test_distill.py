@@ -329,7 +329,8 @@ def test_a_dry_run_imports_no_torch_and_writes_nothing(make_project: MakeProject
     ("override", "message"),
     [
         ("distill.temperature=2.0", r"distill.temperature: 2.0 is not in cache.temperatures \(1.0\)"),
-        ("distill.direction=reverse", "reverse KL needs a tail bucket, and cache.scheme is pps"),
+        ("distill.direction=reverse", "reverse KL needs a tail bucket, and pps caches have none"),
+        ("distill.tail=renormalise", "pps caches have no tail to throw away"),
         ("distill.mixing=dkd", "no mixing rule 'dkd'; use 'ddk'"),
         ("distill.mixing_options={eta: 1}", "no option of the mixing rule ddk 'eta'"),
         ("distill.prior={code: 1}", "distill.prior: plays stands in only one of prior and domains"),

@@ -26,6 +26,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.measures import target_entropy
 from ddk_pipe.pipeline.storage import open_folder
+from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.cli import app
@@ -34,7 +35,7 @@ from ddk_pipe.stages.inspect import inspect
 from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.students import build_student
 from ddk_pipe.stages.training.schedules import learning_rate
-from ddk_pipe.stages.training.sources import teacher_ce
+from ddk_pipe.stages.training.sources import CacheSource, teacher_ce
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -336,6 +337,20 @@ def test_every_scheme_trains(make_project: MakeProject, scheme: str) -> None:
     distill(load_project(project.root / "manifest.yaml", ["distill.temperature=2.0"]))
     if scheme != "random":
         distill(load_project(project.root / "manifest.yaml", ["distill.name=r", "distill.direction=reverse"]))
+
+
+def test_a_renormalised_run_trains_on_heads_without_their_tail(make_project: MakeProject) -> None:
+    project = load_project(make_project(cache={"scheme": "topk", "k": 4}), ["distill.tail=renormalise"])
+    cache_teacher(project)
+    source = CacheSource(project)
+    window = source.read(0, 0)
+    assert (window.targets.tail > float("-inf")).any()
+    targets = source.batch([window], torch.device("cpu")).targets
+    assert isinstance(targets, SparseTargets)
+    targets.validate()
+    assert (targets.tail == float("-inf")).all()
+    assert targets.logprobs.equal(window.targets.renormalised().logprobs)
+    distill(project)
 
 
 def test_micro_batches_do_not_change_the_step(with_cache: Project, tmp_path: Path) -> None:

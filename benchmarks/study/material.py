@@ -9,6 +9,7 @@ tokenizer  byte-level BPE of 4,096 tokens
 teacher    Llama, 128 wide, 3 layers, on all the text in equal shares: `near` has seen 1.1M tokens and is ahead of the
            students by the perplexity ratios that the paper's pairs have, `teacher` 8M, and is far ahead
 student    Llama, 64 wide, 2 layers: `skewed` has seen its first three domains three times in four, `even` all alike
+smollm2    the real teacher, SmolLM2-135M out of a pip package
 noise      strings of random letters; `teacher-noise` is `near` after it learnt the validation part by heart: a gap
            that no student can close, whatever it is trained on
 """
@@ -29,6 +30,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from ddk_pipe.stages.demo_material import write_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,8 +94,10 @@ def make_material(corpus: Path, folder: Path, wanted: set[str]) -> None:
             start="teacher-near",
         ),
     }
+    if "smollm2" in wanted:
+        write_teacher(folder / "smollm2")
     for name, plan in models.items():
-        starts = {models[other].start for other in wanted}
+        starts = {models[other].start for other in wanted & models.keys()}
         if name in wanted | starts and not (folder / name).exists():
             _pretrain(folder / name, plan)
 

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache import CacheReader, committed, read_spec
+from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.measures import sums_by_confidence
+from ddk_pipe.pipeline.models import load_tokenizer
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
+from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, labels_of, open_split
+from ddk_pipe.stages.evaluate import label_bytes
 
 FOR_MIXING = 8  # validation windows that runs look at: distill.validation_windows of the manifest
 BATCH = 8  # windows
@@ -37,19 +38,19 @@ class Windows:
     tokens: Tensor  # int64 [windows, seq_len]
     labels: Tensor  # int64 [positions], labelled ones
     live: Tensor  # bool [windows, seq_len]
-    teacher: Tensor  # log-probabilities, float16 [positions, V]: 0.5 GB in all
+    teacher: Tensor  # log-probabilities, float16 [positions, V]: gigabytes in all where V is large
     natural_share: float  # the domain's, of all training windows
+    label_bytes: int  # UTF-8 bytes of the labels' text
 
 
 class Measure:
     """Reads the windows and runs the teacher once; then measures any number of students."""
 
-    def __init__(self, cache: Path, teacher: Path) -> None:
-        model = load(teacher)
-        reader = CacheReader(open_folder(cache), 1.0)
-        sizes = {domain: reader.size(domain, TRAIN).windows for domain in reader.spec.domains}
+    def __init__(self, tokens: Path, domains: list[str], teacher: Path) -> None:
+        model, tokenizer = load(teacher), load_tokenizer(str(teacher), field="teacher.model")
+        sizes = {domain: open_split(tokens / domain / TRAIN).facts.windows for domain in domains}
         self.domains = {
-            domain: _windows(reader, domain, model, size / sum(sizes.values()))
+            domain: _windows(tokens / domain, model, tokenizer, size / sum(sizes.values()))
             for domain, size in sizes.items()
         }
 
@@ -60,11 +61,16 @@ class Measure:
 
 
 @functools.cache  # every run of a table asks for the few caches of it
-def bytes_per_position(cache: Path) -> float:
-    """Of a cache: what the targets of a position with a label take."""
+def about_cache(cache: Path) -> dict[str, float]:
+    """What the targets of a position with a label take, how many there are, and the seconds the teacher took."""
     folder = open_folder(cache)
     records = [record for _, record in committed(folder, read_spec(folder))]
-    return sum(record.target_bytes for record in records) / sum(record.positions for record in records)
+    positions = sum(record.positions for record in records)
+    return {
+        "bytes_per_position": sum(record.target_bytes for record in records) / positions,
+        "cache_positions": positions,
+        "cache_seconds": sum(record.seconds for record in records),
+    }
 
 
 def shares_drawn(run: Path) -> dict[str, float]:
@@ -83,14 +89,19 @@ def load(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def _windows(reader: CacheReader, domain: str, teacher: torch.nn.Module, natural_share: float) -> Windows:
-    count = reader.size(domain, VALIDATION).windows
-    cached = [reader.read(domain, VALIDATION, number) for number in range(FOR_MIXING, count)]
-    tokens = torch.from_numpy(np.stack([window.tokens for window in cached]).astype(np.int64))
-    labels = torch.from_numpy(np.stack([window.labels for window in cached]).astype(np.int64))
+def _windows(folder: Path, teacher: torch.nn.Module, tokenizer: Any, natural_share: float) -> Windows:
+    split = open_split(folder / VALIDATION)
+    windows, mask = split.window(slice(FOR_MIXING, split.facts.windows))
+    marked = labels_of(windows, mask, no_label=NO_LABEL)
+    tokens, labels = torch.from_numpy(windows), torch.from_numpy(marked)
     live = labels != NO_LABEL
     return Windows(
-        tokens, labels[live], live, _log_probabilities(teacher, tokens, live).half(), natural_share
+        tokens,
+        labels[live],
+        live,
+        _log_probabilities(teacher, tokens, live).half(),
+        natural_share,
+        sum(label_bytes(tokenizer, window) for window in marked),
     )
 
 
@@ -117,6 +128,7 @@ def _figures(model: torch.nn.Module, windows: Windows) -> dict[str, float]:
     return {
         "natural_share": windows.natural_share,
         "positions": len(log_q),
+        "label_bytes": windows.label_bytes,
         "student_ce": mean_nats(log_q),
         "teacher_ce": mean_nats(log_p),
         "kl": float(kl.double().mean()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Settings = dict[str, Any]  # dotted field: value
+STARTS = {"material/student-skewed": "skewed start", "material/student-even": "even start"}
 RULES = {"ddk": "DDK", "ddk_unsmoothed": "DDK unsmoothed"}
 LEFT_OUT = {
     "distill.alpha": "alpha",
@@ -13,6 +14,14 @@ LEFT_OUT = {
     "distill.temperature": "T",
 }
 NEARLY_KL_ALONE = 100  # gamma from which CE hardly counts
+
+
+def start_of(settings: Settings) -> str:
+    """Where a run's student starts; takes the fields that say so out of `settings`."""
+    layers = settings.pop("student.keep_layers", None)
+    if layers is not None:
+        return f"{len(layers)} layers of the teacher"
+    return STARTS[settings.pop("student.model", "material/student-skewed")]
 
 
 def of_mixing(settings: Settings) -> str:
@@ -43,13 +52,14 @@ def of_left_out(settings: Settings) -> str:
 def of_targets(settings: Settings) -> str:
     """What a student is trained on."""
     scheme, tau = settings.get("cache.scheme", "pps"), settings.get("cache.tau", 0.02)
+    renormalised = settings.get("distill.tail") == "renormalise"
     if settings.get("distill.targets") == "online":
         return "dense, online"
     return {
         "pps": f"pps, tau {tau:g}",
         "threshold": f"threshold {tau:g}",
         "random": f"random, N = {settings.get('cache.draws')}",
-        "topk": f"top-{settings.get('cache.k')} + bucket",
+        "topk": f"top-{settings.get('cache.k')}" + (", renormalised" if renormalised else " + bucket"),
     }[scheme]
 
 

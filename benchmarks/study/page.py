@@ -8,6 +8,7 @@ page.md holds the words; a line `{{name}}` in it stands for what the function `n
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -20,7 +21,6 @@ from estimates import Estimate, Row, figures_of_run, holm, paired
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STARTS = {"material/student-skewed": "skewed start", "material/student-even": "even start"}
 SHOWN = {  # figure: its heading
     "mean_gap": "mean gap",
     "worst_gap": "worst gap",
@@ -36,24 +36,32 @@ NAMES = {  # of a table's arms
     "targets": names.of_targets,
     "noise": names.of_mixing,
     "skipping": names.of_skipping,
+    "real": names.of_mixing,
 }
 BYTES, SECONDS, NOISE_SHARE = "bytes_per_position", "seconds", "noise_share"
 NOISE, DENSE = "noise", names.of_targets({"distill.targets": "online"})
+KD, ONLINE = "KD uniform", "KD uniform (online)"
+BITS = 1 / math.log(2)  # of a nat
 Runs = dict[str, dict[int, dict[str, float]]]  # arm: seed: figures
 
 
 def read(table: str) -> tuple[dict[str, Runs], list[Row]]:
     """Figures of a table's runs by start, and its rows. The noise domain counts in none of the figures."""
     rows = pq.read_table(HERE / "results" / f"{table}.parquet").to_pylist()
-    by_run: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_run[row["run"]].append(row)
     out: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
-    for domains in by_run.values():
-        settings = json.loads(domains[0]["settings"])
-        start = STARTS[settings.pop("student.model", "material/student-skewed")]
-        out[start][NAMES[table](settings)][domains[0]["seed"]] = _figures(domains)
+    for (start, arm, seed), domains in _by_run(table, rows).items():
+        out[start][arm][seed] = _figures(domains)
     return out, rows
+
+
+def _by_run(table: str, rows: list[Row]) -> dict[tuple[str, str, int], list[Row]]:
+    """The rows of each (start, arm, seed), one a domain."""
+    out: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        settings = json.loads(row["settings"])
+        start = names.start_of(settings)
+        out[start, NAMES[table](settings), row["seed"]].append(row)
+    return out
 
 
 def _figures(domains: list[Row]) -> dict[str, float]:
@@ -86,7 +94,8 @@ def left_out() -> str:
 
 
 def targets() -> str:
-    return _by_start("targets", DENSE, more={BYTES: "bytes/position"})
+    (runs,) = read("targets")[0].values()
+    return "\n".join([_by_start("targets", DENSE, more={BYTES: "bytes/position"}), "", _beyond(runs, DENSE)])
 
 
 def draw_targets(path: Path) -> None:
@@ -112,6 +121,65 @@ def noise() -> str:
 
 def skipping() -> str:
     return _by_start("skipping", "exact", more={SECONDS: "seconds a run"})
+
+
+def real() -> str:
+    runs, rows = read("real")
+    parts = [_by_start("real", KD), ""]
+    parts += [f"{start}: {_beyond(arms, ONLINE)}" for start, arms in runs.items()]
+    return "\n".join([*parts, _bits_per_byte(rows), _costs(rows)])
+
+
+def _bits_per_byte(rows: list[Row]) -> str:
+    """Of each start, arm and domain, mean over the seeds; the teacher's beside them."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (start, arm, _), domains in _by_run("real", rows).items():
+        for row in domains:
+            bits = BITS * row["positions"] / row["label_bytes"]
+            found[start, arm][row["domain"]].append(bits * row["student_ce"])
+            found["", "teacher"][row["domain"]].append(bits * row["teacher_ce"])
+    domains = list(found["", "teacher"])
+    lines = ["Bits/byte of each domain:", "", _row(["student", "arm", *domains])]
+    lines.append(_row(["---"] * (2 + len(domains))))
+    for (start, arm), by_domain in sorted(found.items(), key=lambda item: item[0][0] == ""):
+        lines.append(_row([start, arm, *(_plain(by_domain[domain], 3) for domain in domains)]))
+    return "\n".join([*lines, ""])
+
+
+def _costs(rows: list[Row]) -> str:
+    """Seconds of training a student, from the cache and beside the teacher; what the cache cost once."""
+    head = ["student", "parameters", "s from the cache", "s beside the teacher", "ratio"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    runs = _by_run("real", rows)
+    for start in dict.fromkeys(start for start, _, _ in runs):
+        first = {
+            arm: [domains[0] for (at, name, _), domains in runs.items() if (at, name) == (start, arm)]
+            for arm in (KD, ONLINE)
+        }
+        cached, online = ([row[SECONDS] for row in first[arm]] for arm in (KD, ONLINE))
+        ratio = sum(online) / len(online) / (sum(cached) / len(cached))
+        size = f"{first[KD][0]['parameters']:,}"
+        lines.append(_row([start, size, _plain(cached), _plain(online), f"{ratio:.2f}"]))
+    cache = next(row for row in rows if row[BYTES])
+    once = (
+        f"The cache, once: {cache['cache_positions']:,} positions, {cache['cache_seconds']:,.0f} s,"
+        f" {cache[BYTES]:.1f} bytes/position. A run takes {cache['tokens']:,} tokens of it."
+    )
+    return "\n".join(["Seconds of training, two students at once, one thread each:", "", *lines, "", once])
+
+
+def _beyond(runs: Runs, reference: str) -> str:
+    """Mean CE above the reference's in percent of it, paired."""
+    base = _of(runs, reference, "mean_ce")
+    found = []
+    for arm in runs:
+        if arm != reference:
+            own = _of(runs, arm, "mean_ce")
+            off = Estimate.of(
+                [100 * (own[seed] / base[seed] - 1) for seed in sorted(own.keys() & base.keys())]
+            )
+            found.append(f"{arm} {off.mean:+.2f} ± {off.error:.2f}%")
+    return f"mean CE above {reference}'s: {'; '.join(found)}."
 
 
 def _by_start(table: str, *references: str, more: dict[str, str] | None = None) -> str:
@@ -161,7 +229,7 @@ def _of(runs: Runs, arm: str, name: str) -> dict[int, float]:
     return {seed: figures[name] for seed, figures in runs[arm].items()}
 
 
-def _plain(values: list[float | None]) -> str:
+def _plain(values: list[float | None], digits: int = 4) -> str:
     """Mean and standard error; only the mean where all runs have the same."""
     there = [value for value in values if value is not None]
     if not there:
@@ -169,7 +237,7 @@ def _plain(values: list[float | None]) -> str:
     estimate = Estimate.of(there)
     if len(set(there)) == 1:
         return f"{estimate.mean:.4g}"
-    digits = 1 if estimate.mean >= 10 else 4
+    digits = 1 if estimate.mean >= 10 else digits
     return f"{estimate.mean:.{digits}f} ± {estimate.error:.{digits}f}"
 
 
@@ -193,7 +261,7 @@ def _footer(rows: list[Row]) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (near, baselines, left_out, targets, noise, skipping)
+    part.__name__: part for part in (near, baselines, left_out, targets, noise, skipping, real)
 }
 
 

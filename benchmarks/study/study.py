@@ -35,13 +35,37 @@ from material import make_material
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TABLES = ("near", "baselines", "left_out", "targets", "noise", "skipping")
+TABLES = ("near", "baselines", "left_out", "targets", "noise", "skipping", "real")
+REAL_DOMAINS = ("tech_docs_en", "speeches_en", "code_go", "de_docs", "literature_en", "formal_math")
 CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they change in study.yaml
     "study.yaml": {},
     "short.yaml": {"output": "short", "prepare": {"max_validation_windows": 32, "max_train_windows": 96}},
+    "smollm.yaml": {
+        "output": "real",
+        "domains": {
+            name: {part: f"material/text/{part}/{name}.jsonl" for part in ("train", "validation")}
+            for name in REAL_DOMAINS
+        },
+        "prepare": {"max_validation_windows": 16},
+        "teacher": {"model": "material/smollm2", "backend": "vllm"},
+        "student": None,  # each run names its own
+        "distill": {
+            "steps": 60,
+            "batch_tokens": 1024,
+            "micro_batch_windows": 4,
+            "interval_steps": 15,
+            "validation_windows": 4,
+            "gamma": 1.0,
+            "optimizer": {"learning_rate": 6e-4},
+        },
+    },
 }
+KEEPS_CACHE = (
+    "real",
+)  # its cache costs half an hour: --check makes the student again from it, not the cache
 MADE_BEFORE = ("teacher.", "cache.", "domains.")  # fields that decide what a run's cache is
 COMMAND = [str(Path(sys.executable).with_name("ddk-pipe"))]
+NO_CACHE = dict.fromkeys(("bytes_per_position", "cache_positions", "cache_seconds"))
 SAME = 1e-6  # nats; the page shows 1e-4. Sums run in another order where memory is aligned otherwise: 4e-8 was seen
 
 
@@ -81,8 +105,10 @@ def settings(sweep: Row) -> list[Row]:
 
 def models(sweep: Row) -> set[str]:
     """The models of material.py that a sweep wants."""
-    base = {"teacher.model": "material/teacher", "student.model": "material/student-skewed"}
-    return {Path({**base, **run}[field]).name for run in settings(sweep) for field in base}
+    values = manifest(sweep["manifest"])
+    base = {f"{part}.model": (values[part] or {}).get("model") for part in ("teacher", "student")}
+    named = ({**base, **run}[field] for run in settings(sweep) for field in base)
+    return {Path(model).name for model in named if model}
 
 
 def caches(sweep: Row) -> list[Row]:
@@ -95,10 +121,9 @@ def caches(sweep: Row) -> list[Row]:
     return needed
 
 
-def write_manifest(name: str, folder: Path) -> Path:
-    values = {**yaml.safe_load((HERE / "study.yaml").read_text(encoding="utf-8")), **CHANGES[name]}
-    (folder / name).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return folder / name
+def manifest(name: str) -> Row:
+    """The values of a manifest that a sweep names."""
+    return {**yaml.safe_load((HERE / "study.yaml").read_text(encoding="utf-8")), **CHANGES[name]}
 
 
 # --- running and measuring --------------------------------------------------------------------------
@@ -106,13 +131,14 @@ def write_manifest(name: str, folder: Path) -> Path:
 
 def train(sweep: Row, folder: Path, parallel: int) -> None:
     """Caches and students of one sweep, in `folder`."""
-    manifest = write_manifest(sweep["manifest"], folder)
+    base = folder / sweep["manifest"]
+    base.write_text(yaml.safe_dump(manifest(base.name), sort_keys=False), encoding="utf-8")
     for changes in caches(sweep):
         sets = [
             part for field, value in changes.items() for part in ("--set", f"{field}={json.dumps(value)}")
         ]
-        _run("prepare", str(manifest), *sets)
-        _run("cache-teacher", str(manifest), *sets)
+        _run("prepare", str(base), *sets)
+        _run("cache-teacher", str(base), *sets)
     path = folder / f"{sweep['name']}.yaml"
     path.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     _run("sweep", str(path), "--parallel", str(parallel), "--threads", "1", "--yes")
@@ -121,34 +147,36 @@ def train(sweep: Row, folder: Path, parallel: int) -> None:
 def measure(sweep: Row, folder: Path) -> None:
     """Add the finished students that have no rows yet to results/TABLE.parquet."""
     path = RESULTS / f"{sweep['name']}.parquet"
-    rows = pq.read_table(path).to_pylist() if path.exists() else []
-    rows += measured(sweep, folder, {row["run"] for row in rows})
+    there = pq.read_table(path) if path.exists() else pa.table({"run": []})
+    rows = pa.Table.from_pylist(measured(sweep, folder, set(there["run"].to_pylist())))
     RESULTS.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.concat_tables([there, rows], promote_options="permissive"), path)
 
 
 def measured(sweep: Row, folder: Path, known: set[str]) -> list[Row]:
     """Rows of the sweep's finished students but the known ones: one a run and domain."""
-    from measure import Measure, bytes_per_position, shares_drawn
+    from measure import Measure, about_cache, shares_drawn
 
     output = folder / CHANGES[sweep["manifest"]].get("output", ".")
     finished = pq.read_table(output / "sweeps" / sweep["name"] / "results.parquet").to_pylist()
     waiting = [run for run in finished if run["status"] == "finished" and run["run"] not in known]
     if not waiting:
         return []
-    made_by, rows = {"machine": processor(), "commit": commit()}, []
-    first = {"teacher.model": "material/teacher", "cache.path": "cache", **settings(sweep)[0]}
-    figures = Measure(folder / first["cache.path"], folder / first["teacher.model"])
+    made_by, rows, figures = {"machine": processor(), "commit": commit()}, [], None
     for number, run in enumerate(waiting, 1):
         at = output / "distill" / run["run"]
         summary = json.loads((at / "run.json").read_bytes())
-        cache = folder / {**first, **json.loads(run["settings"])}["cache.path"]
-        online = summary["manifest"]["distill"]["targets"] == "online"
+        said = summary["manifest"]
+        figures = figures or Measure(  # teacher, domains and windows are the same for all runs of a table
+            output / "tokens", list(said["domains"]), folder / said["teacher"]["model"]
+        )
+        cache = folder / said["cache"]["path"] if said["cache"]["path"] else output / "cache"
         about = {
             **{name: run[name] for name in ("run", "seed", "settings", "steps", "tokens", "seconds")},
+            "parameters": summary["parameters"],
             "versions": json.dumps(summary["versions"]),
             "cache_fingerprint": run["cache_fingerprint"],
-            "bytes_per_position": None if online else bytes_per_position(cache),
+            **(NO_CACHE if said["distill"]["targets"] == "online" else about_cache(cache)),
             **made_by,
         }
         drawn = shares_drawn(at)
@@ -163,6 +191,10 @@ def check(table: str, sweep: Row, folder: Path) -> bool:
     scratch = folder / "check"
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(folder / "material", scratch / "material")  # a link would leave the manifest's folder
+    if table in KEEPS_CACHE:
+        kept_output = CHANGES[sweep["manifest"]]["output"]
+        for part in ("tokens", "cache"):
+            shutil.copytree(folder / kept_output / part, scratch / kept_output / part)
     first = settings(sweep)[0]
     one = {"name": table, "manifest": sweep["manifest"], "set": first, "seeds": sweep["seeds"][:1]}
     train(one, scratch, 1)

@@ -59,10 +59,13 @@ def test_every_arm_of_a_table_has_a_name_of_its_own(table: str) -> None:
 
 def test_a_sweep_says_what_models_and_caches_it_wants() -> None:
     sweep = {
+        "manifest": "study.yaml",
         "set": {"distill.gamma": 0.2, "teacher.model": "material/teacher-near"},
         "grid": {"student.model": ["material/student-even"]},
         "runs": [{}, {"distill.alpha": 1.0}, {"cache.tau": 0.05, "cache.path": "other"}],
     }
     assert study.models(sweep) == {"teacher-near", "student-even"}
+    real = {"manifest": "smollm.yaml", "grid": {"student.keep_layers": [[0, 1]]}, "runs": [{}]}
+    assert study.models(real) == {"smollm2"}
     near = {"teacher.model": "material/teacher-near"}
     assert study.caches(sweep) == [near, {**near, "cache.tau": 0.05, "cache.path": "other"}]

@@ -20,6 +20,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "runs" / "demo" / "teacher"  # the demo's
 Row = dict[str, Any]
+SEVENTH: Row = {  # a student of a seventh of SmolLM2-135M's parameters: about the pairs of the DDK paper (14B to 1.8B)
+    "config": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    }
+}
 
 
 def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

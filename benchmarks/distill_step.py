@@ -1,7 +1,6 @@
 """A whole distillation step against the same student's cross-entropy step and against online distillation.
 
-Five variants of one student (SmolLM2-135M from `ddk-pipe demo`'s material as the teacher, without some of its
-layers as the student), on the same windows, in turn, each a whole step: read or make targets, forward, backward,
+Five variants of one student (SmolLM2-135M from `ddk-pipe demo`'s material is the teacher), on the same windows, in turn, each a whole step: read or make targets, forward, backward,
 clip, AdamW.
 
     ours          ddk-pipe's loop from a cache (pps, tau 0.02), the exact loss: the goals are on this one
@@ -10,12 +9,16 @@ clip, AdamW.
     online_dense  ddk-pipe's loop with the teacher in memory and its whole distribution (distill.targets: online)
     online_hf     the usual way: both models' logits whole, torch's kl_div beside transformers' loss
 
+Two students: `half` keeps 15 of the teacher's 30 layers, `seventh` has a seventh of its parameters, which is about the
+pairs of the DDK paper. What is saved beside a dense teacher grows with teacher / student.
+
 The threshold of ours_skip is the largest of a few whose gradient of all weights errs by at most 2% of its norm (one
 draw, on the first step's windows); a single step's gradient is noisy, its expectation is the exact one.
 
-Goals: ours <= 0.95 x ce_only; the dearer online step's cheaper form >= 2.6 x ours; waiting for data < 2% of ours.
+Goals: ours <= 0.95 x ce_only; the cheaper of the two online steps >= 2.6 x ours; waiting for data < 2% of ours.
 
-    PYTHONPATH=benchmarks python benchmarks/distill_step.py --teacher FOLDER [--rounds 7] [--tokens 2048] [--json OUT]
+    PYTHONPATH=benchmarks python benchmarks/distill_step.py --teacher FOLDER [--rounds 7] [--tokens 2048]
+        [--student half seventh] [--json OUT]
 
 Peak memory is taken in a process of its own per variant.
 """
@@ -26,7 +29,6 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, fresh_process, goal, peak_growth, report, spread, teacher_option
+from common import SEVENTH, Row, fresh_process, goal, peak_growth, report, spread, teacher_option
 
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.manifest import Project, load_project
@@ -49,18 +51,20 @@ SKIPS, LARGEST_ERROR = (
     (2e-3, 1e-3, 5e-4, 2e-4, 1e-4),
     0.02,
 )  # thresholds tried, and what the gradient may err by
-KEPT_LAYERS = 15  # of 30: half the teacher, as the paper's students are a fraction of theirs
+STUDENTS: dict[str, Row] = {
+    "half": {"keep_layers": [round(index * 29 / 14) for index in range(15)]},  # of 30
+    "seventh": SEVENTH,
+}
 SEQ_LEN = 512
 GAMMA = 1.0
 
 
-def make_project(folder: Path, teacher: Path, tokens: int, layers: int) -> Path:
-    """A manifest over the demo's text, and its cache."""
+def make_project(folder: Path, teacher: Path, tokens: int) -> Path:
+    """A manifest over the demo's text, and its cache; whoever trains from it says which student."""
     from ddk_pipe.stages.cache_teacher import cache_teacher
     from ddk_pipe.stages.demo_material import write_texts
 
     write_texts(folder / "text")
-    kept = [round(index * 29 / (layers - 1)) for index in range(layers)]
     manifest = {
         "output": "out",
         "domains": {
@@ -70,7 +74,6 @@ def make_project(folder: Path, teacher: Path, tokens: int, layers: int) -> Path:
         "seq_len": SEQ_LEN,
         "prepare": {"max_train_windows": 12, "max_validation_windows": 1, "validation_fraction": 0.2},
         "cache": {"shard_windows": 8},
-        "student": {"keep_layers": kept},
         "distill": {
             "steps": 1000,
             "interval_steps": 1000,
@@ -89,9 +92,10 @@ def make_project(folder: Path, teacher: Path, tokens: int, layers: int) -> Path:
 class Steps:
     """One variant's steps; each call of `step` trains on the next windows of the same order."""
 
-    def __init__(self, manifest: Path, variant: str, skip: float | None = None) -> None:
+    def __init__(self, manifest: Path, student: str, variant: str, skip: float | None = None) -> None:
         targets = "online" if variant == "online_dense" else "cache"
-        sets = [f"distill.targets={targets}", f"distill.name={variant}"]
+        sets = [f"distill.targets={targets}", f"distill.name={student}-{variant}"]
+        sets.append(f"student={json.dumps(STUDENTS[student])}")
         if variant == "ours_skip":
             sets.append(f"distill.gradient_skip={skip}")
         self.project: Project = load_project(manifest, sets)
@@ -141,9 +145,9 @@ class Steps:
         return kl / live.sum()
 
 
-def choose_skip(manifest: Path) -> tuple[float, float]:
+def choose_skip(manifest: Path, student: str) -> tuple[float, float]:
     """(threshold of gradient_skip, its gradient's error relative to the exact gradient's norm)."""
-    steps = Steps(manifest, "ours")
+    steps = Steps(manifest, student, "ours")
     windows, stepper = next(steps.data).windows, steps.run.stepper
     labels = float(sum(int((window.labels != NO_LABEL).sum()) for window in windows))
     exact_options = stepper.options
@@ -189,10 +193,10 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(manifest: Path, rounds: int) -> tuple[list[Row], list[Row]]:
+def measure(manifest: Path, student: str, rounds: int) -> tuple[list[Row], list[Row]]:
     """Alternating steps of all variants; rows and goals."""
-    skip, error = choose_skip(manifest)
-    variants = {name: Steps(manifest, name, skip) for name in VARIANTS}
+    skip, error = choose_skip(manifest, student)
+    variants = {name: Steps(manifest, student, name, skip) for name in VARIANTS}
     for steps in variants.values():
         steps.step()  # warm-up
         steps.waited = 0.0
@@ -204,12 +208,13 @@ def measure(manifest: Path, rounds: int) -> tuple[list[Row], list[Row]]:
     rows: list[Row] = []
     for name, pairs in taken.items():
         wall, cpu = zip(*pairs, strict=True)
-        memory = fresh_process(
-            __file__, "--memory-of", name, "--manifest", str(manifest), "--skip", str(skip)
-        )
+        own = ("--memory-of", name, "--manifest", str(manifest), "--skip", str(skip), "--student", student)
+        memory = fresh_process(__file__, *own)
         option = {"gradient_skip": skip, "gradient_error": error} if name == "ours_skip" else {}
         rows.append(
             {
+                "student": student,
+                "student_parameters": sum(p.numel() for p in variants[name].run.student.parameters()),
                 "variant": name,
                 **option,
                 **{f"wall_seconds_{key}": value for key, value in spread(list(wall)).items()},
@@ -223,22 +228,25 @@ def measure(manifest: Path, rounds: int) -> tuple[list[Row], list[Row]]:
     online = min(median["online_dense"], median["online_hf"]) / median["ours"]
     goals = [
         goal(
-            "whole step / cross-entropy step",
+            f"{student}: whole step / cross-entropy step",
             "<= 0.95",
             ours["relative_to_ce_only"],
             ours["relative_to_ce_only"] <= 0.95,
         ),
-        goal("online step (the cheaper form) / our step", ">= 2.6", online, online >= 2.6),
+        goal(f"{student}: online step (the cheaper form) / our step", ">= 2.6", online, online >= 2.6),
         goal(
-            "waiting for data / our step", "< 0.02", ours["data_wait_share"], ours["data_wait_share"] < 0.02
+            f"{student}: waiting for data / our step",
+            "< 0.02",
+            ours["data_wait_share"],
+            ours["data_wait_share"] < 0.02,
         ),
     ]
     return rows, goals
 
 
-def memory_of(manifest: Path, variant: str, skip: float | None) -> int:
+def memory_of(manifest: Path, student: str, variant: str, skip: float | None) -> int:
     """Bytes by which one step, its optimizer state there already, exceeds what the loaded models take."""
-    steps = Steps(manifest, variant, skip)
+    steps = Steps(manifest, student, variant, skip)
     steps.step()
     return peak_growth(steps.step)
 
@@ -250,7 +258,7 @@ def main() -> None:
     teacher_option(parser)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=2048, help="of one step")
-    parser.add_argument("--layers", type=int, default=KEPT_LAYERS, help="of the student")
+    parser.add_argument("--student", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=VARIANTS, help="used by the program itself")
     parser.add_argument("--manifest", type=Path, help="used by the program itself")
@@ -258,26 +266,24 @@ def main() -> None:
     args = parser.parse_args()
     prepare_cpu()
     if args.memory_of:
-        print(memory_of(args.manifest, args.memory_of, args.skip))
+        print(memory_of(args.manifest, args.student[0], args.memory_of, args.skip))
         return
     folder = Path(tempfile.mkdtemp(prefix="distill-step-"))
     try:
         from ddk_pipe.stages.demo_material import write_teacher
 
         write_teacher(args.teacher)
-        manifest = make_project(folder, args.teacher.resolve(), args.tokens, args.layers)
-        rows, goals = measure(manifest, args.rounds)
+        manifest = make_project(folder, args.teacher.resolve(), args.tokens)
+        for student in args.student:
+            report(
+                *measure(manifest, student, args.rounds),
+                args.json,
+                part=student,
+                tokens_per_step=args.tokens,
+                seq_len=SEQ_LEN,
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report(
-        rows,
-        goals,
-        args.json,
-        command=" ".join(["python", "benchmarks/distill_step.py", *sys.argv[1:]]),
-        student_layers=args.layers,
-        tokens_per_step=args.tokens,
-        seq_len=SEQ_LEN,
-    )
 
 
 if __name__ == "__main__":

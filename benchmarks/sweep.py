@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Row, goal, report, spread, teacher_option
+from common import ROOT, SEVENTH, Row, goal, report, spread, teacher_option
 
 from ddk_pipe.pipeline.sweep_spec import load_sweep
 from ddk_pipe.stages import demo_material
@@ -38,18 +38,7 @@ DOMAINS = ("python_code", "documentation", "licences", "plays")
 RULES, SEEDS = ("ddk", "uniform"), (0, 1)
 SIDES = ("offline", "online")
 STUDENTS: dict[str, Row] = {
-    "seventh": {
-        "config": {
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": True,
-        }
-    },
+    "seventh": SEVENTH,
     "six_layers": {"keep_layers": [0, 1, 2, 27, 28, 29]},
 }
 CHEAPER = 3.0  # the goal, cache excluded

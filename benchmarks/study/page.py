@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import names
@@ -126,7 +126,7 @@ def skipping() -> str:
 def real() -> str:
     runs, rows = read("real")
     parts = [_by_start("real", KD), ""]
-    parts += [f"{start}: {_beyond(arms, ONLINE)}" for start, arms in runs.items()]
+    parts += [f"{start}: {_beyond(arms, ONLINE)}\n" for start, arms in runs.items()]
     return "\n".join([*parts, _bits_per_byte(rows), _costs(rows)])
 
 
@@ -138,11 +138,11 @@ def _bits_per_byte(rows: list[Row]) -> str:
             bits = BITS * row["positions"] / row["label_bytes"]
             found[start, arm][row["domain"]].append(bits * row["student_ce"])
             found["", "teacher"][row["domain"]].append(bits * row["teacher_ce"])
-    domains = list(found["", "teacher"])
-    lines = ["Bits/byte of each domain:", "", _row(["student", "arm", *domains])]
-    lines.append(_row(["---"] * (2 + len(domains))))
+    columns = list(found["", "teacher"])
+    lines = ["Bits/byte of each domain:", "", _row(["student", "arm", *columns])]
+    lines.append(_row(["---"] * (2 + len(columns))))
     for (start, arm), by_domain in sorted(found.items(), key=lambda item: item[0][0] == ""):
-        lines.append(_row([start, arm, *(_plain(by_domain[domain], 3) for domain in domains)]))
+        lines.append(_row([start, arm, *(_plain(by_domain[column], 3) for column in columns)]))
     return "\n".join([*lines, ""])
 
 
@@ -229,7 +229,7 @@ def _of(runs: Runs, arm: str, name: str) -> dict[int, float]:
     return {seed: figures[name] for seed, figures in runs[arm].items()}
 
 
-def _plain(values: list[float | None], digits: int = 4) -> str:
+def _plain(values: Sequence[float | None], digits: int = 4) -> str:
     """Mean and standard error; only the mean where all runs have the same."""
     there = [value for value in values if value is not None]
     if not there:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.durable import digest, make_folder, partial_name, publish_folder
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.text import Document
+from ddk_pipe.pipeline.zarr_shard import settle_writes
 
 TOKENS_VERSION = 1  # raise when packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"
@@ -233,6 +234,7 @@ class SplitWriter:
 
     def discard(self) -> None:
         """Remove what was written so far."""
+        settle_writes()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

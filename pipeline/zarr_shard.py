@@ -10,6 +10,7 @@ chunk is an error and not zeros, every chunk is compared with its checksum, and 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Mapping
@@ -68,12 +69,29 @@ def write_group(folder: Path, attributes: Mapping[str, Mapping[str, Any]], array
             raise ValueError(
                 f"{name}: a window of {values[0].nbytes:,} bytes is more than {MOST_CHUNK_BYTES:,}"
             )
-    outer = zarr.open_group(folder, mode="a", zarr_format=3, attributes=dict(attributes[""]))
-    for group, about in attributes.items():
-        if group:
-            outer.create_group(group, attributes=dict(about))
-    for name, values in arrays.items():
-        _write_array(outer, name, values)
+    try:
+        outer = zarr.open_group(folder, mode="a", zarr_format=3, attributes=dict(attributes[""]))
+        for group, about in attributes.items():
+            if group:
+                outer.create_group(group, attributes=dict(about))
+        for name, values in arrays.items():
+            _write_array(outer, name, values)
+    except BaseException:
+        settle_writes()
+        raise
+
+
+def settle_writes() -> None:
+    """Wait for what zarr still has under way: after an error of one file it goes on writing the others in threads of
+    its own, and a folder that is removed meanwhile comes back."""
+    from zarr.core.sync import sync
+
+    sync(_others_done())
+
+
+async def _others_done() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _write_array(group: Any, name: str, values: NDArray[Any]) -> None:

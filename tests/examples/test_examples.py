@@ -15,6 +15,7 @@ import ddk_pipe
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_loop", "hf_trainer"])
 def test_example(name: str, cached_output: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     script = EXAMPLES / f"{name}.py"

@@ -32,6 +32,7 @@ from ddk_pipe.stages.stopping import GRACE_SECONDS
 KILLS = 20
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(judge: Judge, tmp_path: Path) -> None:
     """Until 20 kills have hit a process at work; after each one the cache is compared with the undisturbed one."""
     rng = random.Random(7)

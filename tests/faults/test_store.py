@@ -102,6 +102,7 @@ def test_connections_cut_while_writing(judge: Judge, proxy: Proxy, empty_store: 
     assert all(len(groups(empty_store, shard)) == 1 for shard in all_shards(small_spec()))
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_away_while_reading(judge: Judge, proxy: Proxy, store: ObjectFolder) -> None:
     """One line within the time allowed, which does not call it damage; nothing is taken for missing or bad."""
     reader = CacheReader(store, 1.0)

@@ -209,6 +209,7 @@ def assert_same_end(case: str, outcomes: dict[str, Any]) -> None:
     assert_same_bits(Path(outcomes[case]["run"]), Path(outcomes["whole"]["run"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 def test_a_nan_loss_on_one_of_two_ranks(parallel: str, outcomes: dict[str, Any]) -> None:
     found = outcomes[f"nan_{parallel}"]
@@ -221,6 +222,7 @@ def test_a_nan_loss_on_one_of_two_ranks(parallel: str, outcomes: dict[str, Any])
         assert_same_end("nan_fsdp", outcomes)
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_told_to_stop(outcomes: dict[str, Any]) -> None:
     found = outcomes["stop"]
     assert found["status"] == [143, 143], found["output"]
@@ -231,6 +233,7 @@ def test_one_of_two_ranks_told_to_stop(outcomes: dict[str, Any]) -> None:
     assert_same_end("stop", outcomes)
 
 
+@pytest.mark.slow
 def test_torchrun_told_to_stop(outcomes: dict[str, Any]) -> None:
     found = outcomes["endless"]
     assert found["checkpoints"] == [found["steps"]]
@@ -240,6 +243,7 @@ def test_torchrun_told_to_stop(outcomes: dict[str, Any]) -> None:
     assert found["status"] != 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_two_ranks(
     outcomes: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -418,6 +418,7 @@ def test_links_never_lead_a_repair_outside(disk: LocalFolder, tmp_path: Path) ->
     assert sorted((tmp_path / "plays-train").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_repair(
     disk: LocalFolder, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:

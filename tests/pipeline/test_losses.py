@@ -785,6 +785,7 @@ def mean_of_draws(case: Case, draws: int, dtype: torch.dtype) -> tuple[list[Tens
     return [x / draws for x in sums], squares / draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_skipping_is_unbiased_and_its_error_is_the_stated_one(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -1410,6 +1411,7 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, Tensor], match: st
         linear_sparse_kd(case.hidden, case.weight, case.labels, case.targets, gamma=1.0, bias=case.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"gradient_skip": 1e-3}])
 def test_memory_stays_that_of_a_chunk(options: dict[str, Any]) -> None:
     """No tensor as large as [N, V] is ever allocated: the profiler sees every allocation."""

@@ -119,6 +119,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> di
     return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_the_loop_are_those_of_one_process(case: str, outcomes: dict[str, Any]) -> None:
     found = outcomes[case]

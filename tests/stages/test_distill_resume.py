@@ -125,6 +125,7 @@ def checkpoints_of(run: Path) -> list[int]:
     return sorted(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_keep_last_and_keep_best(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = ["distill.steps=12", "distill.checkpoint_steps=1", "distill.keep_last=2", "distill.keep_best=true"]
     gaps = iter([1.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
@@ -171,6 +172,7 @@ def test_a_checkpoint_of_another_run_is_refused(cached: Path, monkeypatch: pytes
     assert distill(load_project(cached, free))["steps"] == 6  # these may change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["metadata", "tensors", "position"])
 def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 3)

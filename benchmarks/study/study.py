@@ -50,7 +50,7 @@ CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they chan
         "teacher": {"model": "material/smollm2", "backend": "vllm"},
         "student": None,  # each run names its own
         "distill": {
-            "steps": 60,
+            "steps": 45,
             "batch_tokens": 1024,
             "micro_batch_windows": 4,
             "interval_steps": 15,

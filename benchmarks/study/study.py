@@ -80,12 +80,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of each table, the first so many")
     parser.add_argument("--check", action="store_true", help="make one run of each table again and compare")
     arguments = parser.parse_args()
-    wrong = 0
+    wrong, scratch = 0, arguments.folder / "check"
+    if arguments.check:
+        shutil.rmtree(scratch, ignore_errors=True)
     for table in arguments.tables:
         sweep = yaml.safe_load((HERE / f"{table}.yaml").read_text(encoding="utf-8"))
         make_material(arguments.corpus, arguments.folder / "material", models(sweep))
         if arguments.check:
-            wrong += not check(table, sweep, arguments.folder)
+            wrong += not check(table, sweep, arguments.folder, scratch)
         else:
             sweep["seeds"] = sweep["seeds"][: arguments.seeds]
             train(sweep, arguments.folder, arguments.parallel)
@@ -186,15 +188,16 @@ def measured(sweep: Row, folder: Path, known: set[str]) -> list[Row]:
     return rows
 
 
-def check(table: str, sweep: Row, folder: Path) -> bool:
-    """Make the table's first run again, caches and all, in a folder of its own; True if its figures are the same."""
-    scratch = folder / "check"
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(folder / "material", scratch / "material")  # a link would leave the manifest's folder
+def check(table: str, sweep: Row, folder: Path, scratch: Path) -> bool:
+    """Make the table's first run again, caches and all, in `scratch`; True if its figures are the same.
+
+    Tables that are checked in one go share a cache there as they do in `folder`.
+    """
+    copied = ["material"]  # a link would leave the manifest's folder
     if table in KEEPS_CACHE:
-        kept_output = CHANGES[sweep["manifest"]]["output"]
-        for part in ("tokens", "cache"):
-            shutil.copytree(folder / kept_output / part, scratch / kept_output / part)
+        copied += [f"{CHANGES[sweep['manifest']]['output']}/{part}" for part in ("tokens", "cache")]
+    for part in copied:
+        shutil.copytree(folder / part, scratch / part, dirs_exist_ok=True)
     first = settings(sweep)[0]
     one = {"name": table, "manifest": sweep["manifest"], "set": first, "seeds": sweep["seeds"][:1]}
     train(one, scratch, 1)

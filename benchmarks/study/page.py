@@ -37,10 +37,11 @@ NAMES = {  # of a table's arms
     "noise": names.of_mixing,
     "skipping": names.of_skipping,
     "real": names.of_mixing,
+    "real_online": names.of_mixing,
 }
 BYTES, SECONDS, NOISE_SHARE = "bytes_per_position", "seconds", "noise_share"
 NOISE, DENSE = "noise", names.of_targets({"distill.targets": "online"})
-KD, ONLINE = "KD uniform", "KD uniform (online)"
+KD = "KD uniform"
 BITS = 1 / math.log(2)  # of a nat
 Runs = dict[str, dict[int, dict[str, float]]]  # arm: seed: figures
 
@@ -124,10 +125,7 @@ def skipping() -> str:
 
 
 def real() -> str:
-    runs, rows = read("real")
-    parts = [_by_start("real", KD), ""]
-    parts += [f"{start}: {_beyond(arms, ONLINE)}\n" for start, arms in runs.items()]
-    return "\n".join([*parts, _bits_per_byte(rows), _costs(rows)])
+    return "\n".join([_by_start("real", KD), "", _bits_per_byte(read("real")[1])])
 
 
 def _bits_per_byte(rows: list[Row]) -> str:
@@ -146,26 +144,31 @@ def _bits_per_byte(rows: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _costs(rows: list[Row]) -> str:
-    """Seconds of training a student, from the cache and beside the teacher; what the cache cost once."""
-    head = ["student", "parameters", "s from the cache", "s beside the teacher", "ratio"]
+def real_online() -> str:
+    """Seconds of training a student from the cache and beside the teacher, and their CE; what the cache cost once."""
+    head = [
+        "student",
+        "parameters",
+        "s from the cache",
+        "s beside the teacher",
+        "ratio",
+        "CE of `pps` above online",
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
-    runs = _by_run("real", rows)
-    for start in dict.fromkeys(start for start, _, _ in runs):
-        first = {
-            arm: [domains[0] for (at, name, _), domains in runs.items() if (at, name) == (start, arm)]
-            for arm in (KD, ONLINE)
-        }
-        cached, online = ([row[SECONDS] for row in first[arm]] for arm in (KD, ONLINE))
-        ratio = sum(online) / len(online) / (sum(cached) / len(cached))
-        size = f"{first[KD][0]['parameters']:,}"
-        lines.append(_row([start, size, _plain(cached), _plain(online), f"{ratio:.2f}"]))
-    cache = next(row for row in rows if row[BYTES])
+    rows = read("real")[1]
+    cached = _by_run("real", rows)
+    for (start, _, seed), online in _by_run("real_online", read("real_online")[1]).items():
+        own = cached[start, KD, seed]
+        seconds = own[0][SECONDS], online[0][SECONDS]
+        ce = figures_of_run(own)["mean_ce"] / figures_of_run(online)["mean_ce"] - 1
+        cells = [f"{own[0]['parameters']:,}", *(f"{each:.0f}" for each in seconds)]
+        lines.append(_row([start, *cells, f"{seconds[1] / seconds[0]:.2f}", f"{ce:+.2%}"]))
+    cache = rows[0]
     once = (
         f"The cache, once: {cache['cache_positions']:,} positions, {cache['cache_seconds']:,.0f} s,"
         f" {cache[BYTES]:.1f} bytes/position. A run takes {cache['tokens']:,} tokens of it."
     )
-    return "\n".join(["Seconds of training, two students at once, one thread each:", "", *lines, "", once])
+    return "\n".join(["KD uniform, one seed; two students at once, one thread each:", "", *lines, "", once])
 
 
 def _beyond(runs: Runs, reference: str) -> str:
@@ -272,7 +275,8 @@ def hours() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (near, baselines, left_out, targets, noise, skipping, real, hours)
+    part.__name__: part
+    for part in (near, baselines, left_out, targets, noise, skipping, real, real_online, hours)
 }
 
 

@@ -35,7 +35,7 @@ from material import make_material
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TABLES = ("near", "baselines", "left_out", "targets", "noise", "skipping", "real")
+TABLES = ("near", "baselines", "left_out", "targets", "noise", "skipping", "real", "real_online")
 REAL_DOMAINS = ("tech_docs_en", "speeches_en", "code_go", "de_docs", "literature_en", "formal_math")
 CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they change in study.yaml
     "study.yaml": {},
@@ -60,9 +60,8 @@ CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they chan
         },
     },
 }
-KEEPS_CACHE = (
-    "real",
-)  # its cache costs half an hour: --check makes the student again from it, not the cache
+# their cache costs half an hour: --check makes the student again from it, not the cache
+KEEPS_CACHE = ("real", "real_online")
 MADE_BEFORE = ("teacher.", "cache.", "domains.")  # fields that decide what a run's cache is
 COMMAND = [str(Path(sys.executable).with_name("ddk-pipe"))]
 NO_CACHE = dict.fromkeys(("bytes_per_position", "cache_positions", "cache_seconds"))

@@ -139,7 +139,7 @@ def _bits_per_byte(rows: list[Row]) -> str:
     columns = list(found["", "teacher"])
     lines = ["Bits/byte of each domain:", "", _row(["student", "arm", *columns])]
     lines.append(_row(["---"] * (2 + len(columns))))
-    for (start, arm), by_domain in sorted(found.items(), key=lambda item: item[0][0] == ""):
+    for (start, arm), by_domain in sorted(found.items(), key=lambda item: item[0][0] or "~"):
         lines.append(_row([start, arm, *(_plain(by_domain[column], 3) for column in columns)]))
     return "\n".join([*lines, ""])
 

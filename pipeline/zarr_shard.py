@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ BLOSC_HEADER = struct.Struct(
 BLOSC_STORED, BLOSC_ZSTD = 0x02, 4  # flag: copied as it is; number of zstd in the upper three bits
 CHUNK = np.dtype([("start", "<u8"), ("length", "<u4"), ("check", "<u4")])  # of one window and array
 Arrays = dict[str, NDArray[Any]]
+SETTLING = threading.Lock()  # two that wait for all other tasks would wait for each other
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def settle_writes() -> None:
     its own, and a folder that is removed meanwhile comes back."""
     from zarr.core.sync import sync
 
-    sync(_others_done())
+    with SETTLING:
+        sync(_others_done())
 
 
 async def _others_done() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.storage import LocalFolder
-from ddk_pipe.pipeline.zarr_shard import Expected, ShardReader, parse_width, write_group
+from ddk_pipe.pipeline.zarr_shard import Expected, ShardReader, parse_width, settle_writes, write_group
 
 WINDOWS = 5
 RNG = np.random.default_rng(0)
@@ -235,3 +236,16 @@ def test_damage(folder: LocalFolder) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError):
         reader(LocalFolder(folder.path), files={**sizes(folder), "tokens/c/0/0": len(content)})
+
+
+def test_writers_that_fail_at_the_same_time_do_not_wait_for_each_other() -> None:
+    def settle_often() -> None:
+        for _ in range(100):
+            settle_writes()
+
+    threads = [threading.Thread(target=settle_often, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)

@@ -1,7 +1,7 @@
 """A whole distillation step against the same student's cross-entropy step and against online distillation.
 
-Five variants of one student (SmolLM2-135M from `ddk-pipe demo`'s material is the teacher), on the same windows, in turn, each a whole step: read or make targets, forward, backward,
-clip, AdamW.
+Five variants of one student (SmolLM2-135M from `ddk-pipe demo`'s material is the teacher), on the same windows, in
+turn, each a whole step: read or make targets, forward, backward, clip, AdamW.
 
     ours          ddk-pipe's loop from a cache (pps, tau 0.02), the exact loss: the goals are on this one
     ours_skip     the same with the option distill.gradient_skip: unbiased, no longer exact

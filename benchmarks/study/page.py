@@ -182,7 +182,7 @@ def _beyond(runs: Runs, reference: str) -> str:
                 [100 * (own[seed] / base[seed] - 1) for seed in sorted(own.keys() & base.keys())]
             )
             found.append(f"{arm} {off.mean:+.2f} ± {off.error:.2f}%")
-    return f"mean CE above {reference}'s: {'; '.join(found)}."
+    return f"Mean CE above that of {reference}: {'; '.join(found)}."
 
 
 def _by_start(table: str, *references: str, more: dict[str, str] | None = None) -> str:

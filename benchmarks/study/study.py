@@ -60,7 +60,7 @@ CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they chan
         },
     },
 }
-# their cache costs half an hour: --check makes the student again from it, not the cache
+# their cache costs half an hour: --check makes the student again from it where it is there, not the cache
 KEEPS_CACHE = ("real", "real_online")
 MADE_BEFORE = ("teacher.", "cache.", "domains.")  # fields that decide what a run's cache is
 COMMAND = [str(Path(sys.executable).with_name("ddk-pipe"))]
@@ -79,12 +79,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of each table, the first so many")
     parser.add_argument("--check", action="store_true", help="make one run of each table again and compare")
     arguments = parser.parse_args()
-    wrong, scratch = 0, arguments.folder / "check"
+    sweeps = {
+        table: yaml.safe_load((HERE / f"{table}.yaml").read_text(encoding="utf-8"))
+        for table in arguments.tables
+    }
+    material, scratch = arguments.folder / "material", arguments.folder / "check"
+    make_material(arguments.corpus, material, set().union(*map(models, sweeps.values())))
     if arguments.check:
         shutil.rmtree(scratch, ignore_errors=True)
-    for table in arguments.tables:
-        sweep = yaml.safe_load((HERE / f"{table}.yaml").read_text(encoding="utf-8"))
-        make_material(arguments.corpus, arguments.folder / "material", models(sweep))
+        shutil.copytree(material, scratch / "material")  # a link would leave the manifest's folder
+    wrong = 0
+    for table, sweep in sweeps.items():
         if arguments.check:
             wrong += not check(table, sweep, arguments.folder, scratch)
         else:
@@ -188,15 +193,15 @@ def measured(sweep: Row, folder: Path, known: set[str]) -> list[Row]:
 
 
 def check(table: str, sweep: Row, folder: Path, scratch: Path) -> bool:
-    """Make the table's first run again, caches and all, in `scratch`; True if its figures are the same.
+    """Make the table's first run again in `scratch`, from the material there; True if its figures are the same.
 
     Tables that are checked in one go share a cache there as they do in `folder`.
     """
-    copied = ["material"]  # a link would leave the manifest's folder
     if table in KEEPS_CACHE:
-        copied += [f"{CHANGES[sweep['manifest']]['output']}/{part}" for part in ("tokens", "cache")]
-    for part in copied:
-        shutil.copytree(folder / part, scratch / part, dirs_exist_ok=True)
+        output = CHANGES[sweep["manifest"]]["output"]
+        for part in (f"{output}/tokens", f"{output}/cache"):
+            if (folder / part).is_dir() and not (scratch / part).exists():
+                shutil.copytree(folder / part, scratch / part)
     first = settings(sweep)[0]
     one = {"name": table, "manifest": sweep["manifest"], "set": first, "seeds": sweep["seeds"][:1]}
     train(one, scratch, 1)

@@ -296,6 +296,12 @@ class Distill(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, ...")
 
+    @pydantic.model_validator(mode="after")
+    def _tail_is_of_a_cache(self) -> Distill:
+        if self.targets == "online" and self.tail != "keep":
+            raise ValueError("tail: renormalise is about a cache, and targets: online reads none; use tail: keep")
+        return self
+
 
 class Manifest(Section):
     """Everything ddk-pipe needs to know about one project."""

@@ -235,7 +235,7 @@ class Distill(Section):
     mixing: str = Field(
         "ddk",
         description="rule for the domain weights: ddk, ddk_unsmoothed, uniform, natural, doremi, sheared, gap_softmax,"
-        " or one of the entry point group ddk_pipe.mixing",
+        " learnability, or one of the entry point group ddk_pipe.mixing",
     )
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="ddk: smoothing of Eq. 2")
     prior: Literal["uniform", "natural"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
@@ -299,7 +299,9 @@ class Distill(Section):
     @pydantic.model_validator(mode="after")
     def _tail_is_of_a_cache(self) -> Distill:
         if self.targets == "online" and self.tail != "keep":
-            raise ValueError("tail: renormalise is about a cache, and targets: online reads none; use tail: keep")
+            raise ValueError(
+                "tail: renormalise is about a cache, and targets: online reads none; use tail: keep"
+            )
         return self
 
 

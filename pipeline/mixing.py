@@ -7,10 +7,11 @@ Everything here is a pure function of float64 arrays of shape [domains]:
     gap = student_ce - teacher_ce        nats, positive where the student lags
     ratio = exp(gap)                     the student/teacher perplexity ratio of the paper
 
-Every rule has the signature `rule(weights, student_ce, teacher_ce, **options) -> weights`. What it
-returns is finite, >= 0 and sums to 1. Every rule, also one that does not look at the losses,
-raises ValueError for a NaN or infinite loss (naming the domain's index), for a shape that is not
-[domains], and for weights that are negative or do not sum to 1.
+Every rule has the signature `rule(weights, student_ce, teacher_ce, **options) -> weights`; one that
+names `student_ce_before` also gets the student's losses at the update before. What it returns is
+finite, >= 0 and sums to 1. Every rule, also one that does not look at the losses, raises ValueError
+for a NaN or infinite loss (naming the domain's index), for a shape that is not [domains], and for
+weights that are negative or do not sum to 1.
 """
 
 import difflib
@@ -19,7 +20,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +29,25 @@ from ddk_pipe.pipeline.errors import DdkError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Sizes: TypeAlias = Sequence[int] | NDArray[np.int64] | FloatArray
-Rule: TypeAlias = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
 InitialDraw: TypeAlias = Literal["uniform", "ddk", "natural"]
 
+
+class Rule(Protocol):
+    """A rule with its options filled in; `student_ce_before` is None where there was no update before."""
+
+    def __call__(
+        self,
+        weights: FloatArray,
+        student_ce: FloatArray,
+        teacher_ce: FloatArray,
+        *,
+        student_ce_before: FloatArray | None = None,
+    ) -> FloatArray: ...
+
+
 _BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_ARRAYS = ("weights", "student_ce", "teacher_ce")
+_BEFORE = "student_ce_before"
+_ARRAYS = ("weights", "student_ce", "teacher_ce", _BEFORE)
 _SUM_SLACK = 1e-6  # weights that went through float32 or a rounded report still pass
 _LARGEST = np.finfo(np.float64).max
 _LARGEST_EXPONENT = 700.0  # exp(700) is about 1e304, the last round number before overflow
@@ -173,6 +188,35 @@ def gap_softmax(
     return _tilted(np.ones_like(weights), scores)
 
 
+def learnability(
+    weights: FloatArray,
+    student_ce: FloatArray,
+    teacher_ce: FloatArray,
+    *,
+    student_ce_before: FloatArray | None = None,
+    floor: float = 0.5,
+) -> FloatArray:
+    """(1 - floor) in proportion to what a window of each domain took off its gap in the last interval, + floor/N.
+
+    All arrays are float64 [domains]; `student_ce_before` are the student's losses before that interval, which was
+    drawn by `weights`. The teacher's losses do not change, so that a gap falls by what the student's loss falls; a
+    loss that rose counts as 0. A domain whose gap does not close, however large, is left with floor/N: no rule that
+    looks at the gaps alone can tell (docs/study.md, "A gap that cannot be closed"). The mix is even where there is
+    no interval before, and where no loss fell.
+    Not in the DDK paper: the learning progress of curricula (Graves et al. 2017, arXiv 1704.03003), per window.
+    Raises ValueError as the module says, for student_ce_before too, and for floor outside [0, 1].
+    """
+    weights, _ = _checked(weights, student_ce, teacher_ce)
+    share = _share("floor", floor)
+    even = np.full_like(weights, 1.0 / weights.size)
+    if student_ce_before is None:
+        return even
+    with np.errstate(over="ignore"):
+        fallen = np.maximum(_gap_nats(student_ce_before, student_ce, names=(_BEFORE, "student_ce")), 0.0)
+        slope = np.divide(fallen, weights, out=np.zeros_like(weights), where=weights > 0)
+    return _mixed_with_uniform(_normalised(_clipped(slope)), uniform_share=share) if slope.any() else even
+
+
 RULES: Mapping[str, Callable[..., FloatArray]] = MappingProxyType(
     {
         "ddk": ddk,
@@ -182,6 +226,7 @@ RULES: Mapping[str, Callable[..., FloatArray]] = MappingProxyType(
         "doremi": doremi,
         "sheared": sheared,
         "gap_softmax": gap_softmax,
+        "learnability": learnability,
     }
 )
 
@@ -206,7 +251,7 @@ def make_rule(
     """The rule of that name, with those of the keyword arguments that it takes filled in, and all `options`.
 
     `sizes` is the number of windows of each domain, shape [domains]. The result is called as
-    `rule(weights, student_ce, teacher_ce)`. A name that is not in RULES is looked for in the entry
+    `rule(weights, student_ce, teacher_ce, student_ce_before=...)`. A name that is not in RULES is looked for in the entry
     point group `ddk_pipe.mixing`; what such a rule returns is checked.
     Raises DdkError for an unknown name or option, naming the nearest, and for a plug-in that cannot
     be loaded; its rule raises DdkError for weights that are none.
@@ -215,12 +260,28 @@ def make_rule(
     offered = {"alpha": alpha, "sizes": sizes, "prior": prior, "largest_ratio": largest_ratio}
     rule = RULES[name] if name in RULES else _plug_in(name)
     takes = [key for key, value in inspect.signature(rule).parameters.items() if value.kind in _BY_NAME]
+    known = [key for key in takes if key not in offered and key not in _ARRAYS]
     for key in given:
-        if key not in takes or key in offered:
-            known = [other for other in takes if other not in offered and other not in _ARRAYS]
+        if key not in known:
             raise _unknown(f"option of the mixing rule {name}", key, known)
     filled = {key: value for key, value in offered.items() if key in takes}
-    return functools.partial(rule, **filled, **given)
+    ready = functools.partial(rule, **filled, **given)
+    return ready if _BEFORE in takes else _forgetful(ready)
+
+
+def _forgetful(rule: Callable[..., FloatArray]) -> Rule:
+    """The same rule for callers that give the losses of the update before, too."""
+
+    def without(
+        weights: FloatArray,
+        student_ce: FloatArray,
+        teacher_ce: FloatArray,
+        *,
+        student_ce_before: FloatArray | None = None,
+    ) -> FloatArray:
+        return rule(weights, student_ce, teacher_ce)
+
+    return without
 
 
 def _plug_in(name: str) -> Callable[..., FloatArray]:
@@ -292,13 +353,14 @@ def _checked(
     return check_weights(weights, domains=gap_nats.size), gap_nats
 
 
-def _gap_nats(student_ce: FloatArray, teacher_ce: FloatArray) -> FloatArray:
-    student = _finite_vector("student_ce", student_ce)
-    teacher = _finite_vector("teacher_ce", teacher_ce)
-    if student.shape != teacher.shape:
-        raise ValueError(f"student_ce has {student.size} domains and teacher_ce has {teacher.size}")
+def _gap_nats(
+    above: FloatArray, below: FloatArray, names: tuple[str, str] = ("student_ce", "teacher_ce")
+) -> FloatArray:
+    first, second = _finite_vector(names[0], above), _finite_vector(names[1], below)
+    if first.shape != second.shape:
+        raise ValueError(f"{names[0]} has {first.size} domains and {names[1]} has {second.size}")
     with np.errstate(over="ignore"):
-        return _clipped(student - teacher)
+        return _clipped(first - second)
 
 
 def _ratio_below_largest(gap_nats: FloatArray, weights: FloatArray) -> FloatArray:

@@ -41,6 +41,7 @@ from ddk_pipe.stages.training.trackers import Trackers
 from ddk_pipe.stages.training.validation import Outcome, Validation
 from ddk_pipe.stages.training.world import World, join_world, wrap
 
+# what a rule's first update starts from, if not from what the first interval was drawn by
 FIRST_WEIGHTS: dict[str, mixing.InitialDraw] = {"ddk": "ddk", "ddk_unsmoothed": "ddk", "natural": "natural"}
 # what a run may change between start and resume, because its results do not depend on it
 FREE = {
@@ -67,6 +68,9 @@ class Position:
     settings: str  # digest of everything that must not change between start and resume
     gap: float | None = None  # mean validation gap, nats per token, where it was measured at this very step
     finished: bool = False  # every gap was below stop_gap_nats
+    student_ce: list[float] = field(
+        default_factory=list
+    )  # [domains], nats, at the last update of the weights
     warnings: list[str] = field(default_factory=list)  # what the user was told once, for the record
 
 
@@ -201,23 +205,25 @@ class Run:
     def _start(self, record: Record) -> Position:
         """Measure the untrained student and take the first interval's shares from it."""
         outcome = self.validation.run()
-        own = FIRST_WEIGHTS.get(self.options.mixing, "uniform")  # what the rule's first update starts from
+        own = FIRST_WEIGHTS.get(self.options.mixing)
+        drawn_by = self.options.initial or own or "uniform"
         weights, shares = (
             mixing.initial_weights(
                 kind, student_ce=outcome.student_ce, teacher_ce=self.teacher_ce, sizes=self.sizes
             )
-            for kind in (own, self.options.initial or own)
+            for kind in (own or drawn_by, drawn_by)
         )
         position = Position(
             step=0,
             seconds=0.0,
             weights=weights.tolist(),
             shares=shares.tolist(),
+            student_ce=outcome.student_ce.tolist(),
             sampler=self.sampler.state_dict(),
             settings=self.settings,
         )
         self._record_validation(record, position, outcome)
-        self._warn_if_lopsided(position, by_gaps=(self.options.initial or own) == "ddk")
+        self._warn_if_lopsided(position, by_gaps=drawn_by == "ddk")
         return position
 
     def _train(self, position: Position, record: Record, stop: StopFlag) -> None:
@@ -300,7 +306,10 @@ class Run:
         """Validate, update the weights, checkpoint."""
         outcome = self.validation.run()
         gaps = outcome.student_ce - self.teacher_ce
-        position.weights = self.rule(np.array(position.weights), outcome.student_ce, self.teacher_ce).tolist()
+        before, position.student_ce = np.array(position.student_ce), outcome.student_ce.tolist()
+        position.weights = self.rule(
+            np.array(position.weights), outcome.student_ce, self.teacher_ce, student_ce_before=before
+        ).tolist()
         position.shares, position.gap = position.weights, float(gaps.mean())
         position.sampler = self.sampler.state_dict()
         threshold = self.options.stop_gap_nats

@@ -51,7 +51,10 @@ def test_overrides_reach_every_depth_and_keep_types(tmp_path: Path) -> None:
         (SMALLEST + "cache: {temperatures: []}\n", "cache.temperatures"),
         (SMALLEST + "distill: {name: ../x}\n", "distill.name"),
         (SMALLEST + "student: {model: a, config: b}\n", "exactly one of"),
-        (SMALLEST + "distill: {targets: online, tail: renormalise}\n", "distill: tail: renormalise is about a cache"),
+        (
+            SMALLEST + "distill: {targets: online, tail: renormalise}\n",
+            "distill: tail: renormalise is about a cache",
+        ),
     ],
 )
 def test_mistakes_are_one_line_with_file_and_field(tmp_path: Path, text: str, expected: str) -> None:

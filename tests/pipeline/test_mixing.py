@@ -22,6 +22,7 @@ from ddk_pipe.pipeline.mixing import (
     doremi,
     gap_softmax,
     initial_weights,
+    learnability,
     make_rule,
     natural,
     sheared,
@@ -249,6 +250,64 @@ def test_default_floor_keeps_a_leading_domain_alive() -> None:
         assert 1e-4 / 2 <= weights[1] < 1e-4  # the floor's share, and a little of its own
 
 
+# --- learnability ----------------------------------------------------------------------------------
+
+
+def test_learnability_is_what_a_window_took_off_the_loss() -> None:
+    before, now = np.array([5.0, 4.0, 9.0, 3.0]), np.array([4.0, 3.5, 9.0, 3.2])
+    weights = np.array([0.5, 0.125, 0.25, 0.125])
+    found = learnability(weights, now, np.zeros(4), student_ce_before=before, floor=0.2)
+    # a nat for half of the windows, half a nat for an eighth of them; nothing; a loss that rose
+    np.testing.assert_allclose(found, [0.05 + 0.8 * 2 / 6, 0.05 + 0.8 * 4 / 6, 0.05, 0.05], rtol=1e-14)
+
+
+def test_learnability_leaves_a_gap_that_does_not_close_with_the_floor_however_large() -> None:
+    before = np.array([3.0, 3.0, 50.0])
+    weights = np.full(3, 1 / 3)
+    for _ in range(3):
+        now = before - [0.1, 0.1, 0.0]
+        weights, before = learnability(weights, now, np.zeros(3), student_ce_before=before), now
+    assert weights[2] == pytest.approx(0.5 / 3)
+
+
+def test_learnability_is_even_where_nothing_is_known() -> None:
+    weights, ce = np.array([0.8, 0.2]), np.array([2.0, 3.0])
+    for before in (None, ce, ce - 1.0):  # no interval before; nothing moved; everything got worse
+        np.testing.assert_array_equal(learnability(weights, ce, ce, student_ce_before=before), [0.5, 0.5])
+    alone = learnability(np.array([1.0, 0.0]), ce, ce, student_ce_before=np.array([2.0, 4.0]), floor=0.0)
+    np.testing.assert_array_equal(alone, [0.5, 0.5])  # what fell had no window: by others' training
+
+
+@PATIENT
+@given(mixtures(any_finite), arrays(np.float64, N, elements=any_finite), st.permutations(range(N)))
+def test_learnability_is_a_distribution_with_a_floor_whatever_the_order(
+    mixture: tuple[FloatArray, FloatArray, FloatArray], before: FloatArray, order: list[int]
+) -> None:
+    weights = learnability(*mixture, student_ce_before=before)
+    assert weights.min() >= 0.5 / N - 1e-15 and weights.sum() == pytest.approx(1.0, abs=1e-14)
+    permuted = learnability(*(part[order] for part in mixture), student_ce_before=before[order])
+    np.testing.assert_allclose(permuted, weights[order], rtol=1e-9)
+
+
+def test_learnability_refuses_losses_before_that_do_not_fit() -> None:
+    weights, ce = np.array([0.5, 0.5]), np.array([2.0, 3.0])
+    with pytest.raises(ValueError, match="student_ce_before has 1 domains and student_ce has 2"):
+        learnability(weights, ce, ce, student_ce_before=ce[:1])
+    with pytest.raises(ValueError, match="student_ce_before of domain 1 is nan"):
+        learnability(weights, ce, ce, student_ce_before=np.array([1.0, np.nan]))
+
+
+def test_only_rules_that_ask_for_it_see_the_update_before() -> None:
+    weights, before, now = np.array([0.5, 0.5]), np.array([4.0, 4.0]), np.array([3.0, 4.0])
+    even = make_rule("uniform", sizes=[1, 1])
+    np.testing.assert_array_equal(even(weights, now, now, student_ce_before=before), [0.5, 0.5])
+    found = make_rule("learnability", sizes=[1, 1], options={"floor": 0.0})
+    np.testing.assert_array_equal(found(weights, now, now, student_ce_before=before), [1.0, 0.0])
+
+
+# --- what every rule refuses -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_loss_that_is_not_finite_is_refused_by_name(name: str, bad: float) -> None:
@@ -293,6 +352,7 @@ def test_no_domains_are_refused() -> None:
         (lambda *a: doremi(*a, floor=-0.1), "floor must be between 0 and 1, got -0.1"),
         (lambda *a: sheared(*a, eta=-1.0), "eta must be at least 0 and finite, got -1.0"),
         (lambda *a: gap_softmax(*a, temperature=0.0), "temperature must be positive and finite"),
+        (lambda *a: learnability(*a, floor=1.1), "floor must be between 0 and 1, got 1.1"),
         (lambda *a: natural(*a, sizes=[1, 2]), "sizes has 2 domains, expected 10"),
         (lambda *a: natural(*a, sizes=[-1] * N), "sizes of domain 0 is -1.0, below 0"),
         (lambda *a: natural(*a, sizes=[0] * N), "sizes are all 0"),

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.pipeline.mixing import ddk, ddk_initial
+from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import Run, distill
 from ddk_pipe.stages.training.checks import lopsided
@@ -57,6 +57,24 @@ def test_weights_of_the_record_are_the_papers_equations(cached: Path) -> None:
         )
         np.testing.assert_allclose([row["weight"] for row in rows], weights, rtol=1e-12)
     assert steps == [0, 2, 4, 6]
+
+
+def test_learnability_sees_the_losses_of_the_update_before(cached: Path) -> None:
+    _, folder = run(cached, "distill.mixing=learnability", "distill.initial=natural")
+    before = weights = None
+    for _, rows in by_step(folder):
+        student = np.array([row["student_ce"] for row in rows])
+        found = np.array([row["weight"] for row in rows])
+        if (
+            before is not None and weights is not None
+        ):  # the first ones are natural, and it is by those that it was drawn
+            np.testing.assert_allclose(
+                found, learnability(weights, student, student, student_ce_before=before), rtol=1e-12
+            )
+        before, weights = student, found
+    assert (
+        weights is not None and abs(weights[0] - 0.5) > 0.01
+    )  # or it would be the even mix that nothing is known of
 
 
 def test_realised_shares_are_the_weights_within_one_window(cached: Path) -> None:

@@ -314,7 +314,9 @@ def test_two_runs_are_equal_and_seeds_differ(with_cache: Project, tmp_path: Path
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("rule", ["uniform", "natural", "ddk_unsmoothed", "doremi", "sheared", "gap_softmax"])
+@pytest.mark.parametrize(
+    "rule", ["uniform", "natural", "ddk_unsmoothed", "doremi", "sheared", "gap_softmax", "learnability"]
+)
 def test_every_rule_runs(with_cache: Project, tmp_path: Path, rule: str) -> None:
     changed = load_project(tmp_path / "manifest.yaml", [f"distill.mixing={rule}", "distill.steps=3"])
     distill(changed)

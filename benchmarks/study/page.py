@@ -117,7 +117,7 @@ def draw_targets(path: Path) -> None:
 
 def noise() -> str:
     more = {NOISE_SHARE: "windows spent on noise", "noise_gap": "gap on noise"}
-    return _by_start("noise", "KD uniform", more=more)
+    return _by_start("noise", "KD uniform", "DDK", more=more)
 
 
 def skipping() -> str:

@@ -130,6 +130,7 @@ def world(ram: Path) -> World:
     return World(ram / "bits")
 
 
+@pytest.mark.slow
 def test_every_bit_of_every_file_of_a_shard(world: World) -> None:
     files = [name for name in world.folder.content if name.startswith(f"{world.group}/")]
     assert len(files) == len(world.record.files) == 16

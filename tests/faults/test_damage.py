@@ -205,6 +205,7 @@ def repaired(judge: Judge, folder: LocalFolder) -> None:
     assert verify(folder).sound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", SHARDS)
 def test_shards(judge: Judge, folder: LocalFolder, damage: str) -> None:
     SHARDS[damage](folder)
@@ -242,6 +243,7 @@ TABLES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", TABLES)
 def test_rank_tables(judge: Judge, folder: LocalFolder, damage: str) -> None:
     TABLES[damage](folder.path / "code" / "ranks.npy")

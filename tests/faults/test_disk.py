@@ -80,6 +80,7 @@ def test_a_full_disk_under_the_real_command(small_disk: Path, tmp_path: Path, ti
     assert verify(LocalFolder(small_disk / "cache")).sound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0, 30, 100, 400, 1000, 2000])
 def test_a_limit_on_the_size_of_files(judge: Judge, tmp_path: Path, most: int) -> None:
     """RLIMIT_FSIZE: the system refuses to write on, in the middle of a file."""

@@ -85,6 +85,7 @@ def test_an_answer_to_a_commit_that_gets_lost(judge: Judge, proxy: Proxy, empty_
     assert judge.committed(empty_store) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 10, 300, 600])
 def test_connections_cut_while_reading(judge: Judge, proxy: Proxy, store: ObjectFolder, after: int) -> None:
     """In the head of an answer, in its body: asked again, and all is right."""
@@ -123,6 +124,7 @@ def test_a_store_that_goes_away_while_reading(judge: Judge, proxy: Proxy, store:
     judge.complete(store)
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_away_while_writing(judge: Judge, proxy: Proxy, empty_store: ObjectFolder) -> None:
     """Right before the record: an error, nothing committed; the next run removes what was uploaded."""
     writer = open_writer(empty_store, small_spec())
@@ -180,6 +182,7 @@ def test_a_store_used_across_a_fork(s3_environment: dict[str, str], store: Objec
     assert status == 0 and "start processes by spawn" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "removed", "swapped"])
 def test_damaged_objects(judge: Judge, store: ObjectFolder, damage: str) -> None:
     record, other = (read_record(store, shard, small_spec()) for shard in (FIRST, SECOND))

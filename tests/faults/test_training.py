@@ -57,6 +57,7 @@ def before_step(patch: pytest.MonkeyPatch, step: int, act: Any) -> None:
 # --- one process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_training(cached: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for a little more each time, from the record to the last files of a checkpoint."""
     distill(load_project(cached, [*SETS, "distill.name=whole"]))

@@ -183,6 +183,7 @@ def test_a_crash_before_the_record_leaves_the_shard_pending_and_is_cleaned_up(pl
     assert reader.read("code", TRAIN, 0).tokens.shape == (SEQ_LEN,)
 
 
+@pytest.mark.slow
 def test_of_two_writers_of_one_shard_one_wins_and_nothing_of_the_other_stays(place: Folder) -> None:
     writers = [open_writer(place, make_spec(make_plan())) for _ in range(3)]
     for shard in (FIRST, SECOND):
@@ -293,6 +294,7 @@ def test_one_temperature_more_is_another_cache(folder: LocalFolder) -> None:
 # --- damage: every case is an error that names the file -------------------------------------------
 
 
+@pytest.mark.slow
 def test_verifying_finds_the_statistics_of_the_record(place: Folder) -> None:
     writer = open_writer(place, make_spec(make_plan()))
     for shard in (FIRST, SECOND):

@@ -86,6 +86,7 @@ def without(content: Content, *prefixes: str) -> Content:
     return {name: part for name, part in content.items() if not name.startswith(prefixes)}
 
 
+@pytest.mark.slow
 def test_a_sound_cache(cache: Folder, content: Content) -> None:
     seen: list[tuple[float, str]] = []
     report = verify(cache, advance=lambda windows, name: seen.append((windows, name)))
@@ -139,6 +140,7 @@ DAMAGES: list[tuple[Callable[[Folder, Shard, str], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_a_bad_shard_in_an_object_store(s3_url: str, content: Content) -> None:
     cache = open_folder(s3_url)
     for name, part in content.items():

@@ -129,6 +129,7 @@ def test_a_folder_may_itself_be_a_link_but_links_inside_stay_inside(tmp_path: Pa
     assert (tmp_path / "secret").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_open_files_are_capped(tmp_path: Path) -> None:
     place = LocalFolder(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))

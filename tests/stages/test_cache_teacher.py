@@ -61,6 +61,7 @@ def wrap(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[Window]], None]
 # --- parts of the work ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_shard_at_a_time_makes_the_same_bytes(
     project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_commands_take_the_options(make_project: MakeProject, tmp_path: Path) ->
 # --- what it says ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_status_stream_and_shard_lines(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +202,7 @@ def test_nan_names_window_and_model_and_commits_nothing(
     assert last["event"] == "failed" and "NaN" in last["error"]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_fails_on_the_way_leaves_what_was_before(
     project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_teacher_that_fails_on_the_way_leaves_what_was_before(
     assert shard_contents(cache_of(project)) == whole
 
 
+@pytest.mark.slow
 def test_an_error_of_the_writer_stops_the_teacher(
     project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +326,7 @@ def test_workers_have_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- vocabularies ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_padded_head_is_cut_before_the_softmax(make_project: MakeProject, tmp_path: Path) -> None:
     """448 rows of the output layer, 385 ids of the tokenizer, a student with 401 rows."""
     padded = tmp_path / "padded"

@@ -314,6 +314,7 @@ def test_no_free_disk_is_said_before_the_teacher_is_loaded(
     assert "the disk has 0.00 GB free" in line and not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_on_the_way(
     make_project: MakeProject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -387,6 +388,7 @@ def test_exit_status_of_the_real_program(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("ddk-pipe: ")
 
 
+@pytest.mark.slow
 def test_a_cache_in_an_object_store(make_project: MakeProject, s3_url: str, tmp_path: Path) -> None:
     """cache-teacher, inspect and distill over S3, by the commands a user types; nothing of it lies on the disk."""
     path = make_project(cache={"path": s3_url, "shard_windows": 16})

@@ -77,6 +77,7 @@ def test_learnability_sees_the_losses_of_the_update_before(cached: Path) -> None
     )  # or it would be the even mix that nothing is known of
 
 
+@pytest.mark.slow
 def test_realised_shares_are_the_weights_within_one_window(cached: Path) -> None:
     _, folder = run(cached, "distill.steps=12", "distill.interval_steps=3")
     seen = np.zeros(2)
@@ -89,6 +90,7 @@ def test_realised_shares_are_the_weights_within_one_window(cached: Path) -> None
     assert seen.sum() == 48
 
 
+@pytest.mark.slow
 def test_training_stops_when_every_gap_is_below_the_threshold(cached: Path) -> None:
     summary, folder = run(cached, "distill.stop_gap_nats=1000", "distill.interval_steps=2")
     assert (summary["steps"], summary["stopped_by_gap"]) == (2, True)
@@ -98,6 +100,7 @@ def test_training_stops_when_every_gap_is_below_the_threshold(cached: Path) -> N
     assert (summary["steps"], summary["stopped_by_gap"]) == (6, False)
 
 
+@pytest.mark.slow
 def test_one_domain_is_enough(make_project: MakeProject) -> None:
     manifest = make_project(domains={"code": {"train": "text/code.jsonl"}})
     from ddk_pipe.stages.cache_teacher import cache_teacher
@@ -116,6 +119,7 @@ def far_behind_in_code(self: Run, record: Any) -> Any:
 START = Run._start
 
 
+@pytest.mark.slow
 def test_an_interval_of_one_domain_alone_is_warned_of_once(
     cached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +138,7 @@ def test_an_interval_of_one_domain_alone_is_warned_of_once(
         assert calm["warnings"] == []
 
 
+@pytest.mark.slow
 def test_later_intervals_and_the_users_own_word(cached: Path) -> None:
     sets = ["distill.mixing=gap_softmax", "distill.mixing_options={temperature: 0.001}"]
     summary, _ = run(cached, *sets)
@@ -153,6 +158,7 @@ def test_later_intervals_and_the_users_own_word(cached: Path) -> None:
 # --- baselines ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_online_needs_no_cache_and_is_near_offline_training(make_project: MakeProject, cached: Path) -> None:
     """Same student, windows and steps; pps targets are unbiased, so the runs are close but not equal.
 
@@ -249,6 +255,7 @@ def test_the_papers_schedule() -> None:
     assert learning_rate(paper, 29_999) == pytest.approx(3e-6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gamma_schedules(cached: Path) -> None:
     constant = options(gamma=0.5)
     assert {gamma_at(constant, step) for step in range(100)} == {0.5}
@@ -273,6 +280,7 @@ def test_validation_keeps_to_its_budget() -> None:
         assert expected * 100 * 5 <= max(budget * 10_000, 500)
 
 
+@pytest.mark.slow
 def test_the_student_that_is_the_teacher_agrees_with_it(cached: Path) -> None:
     """From the same layers: no gap, and agreement wherever the teacher's favourite is in the cache."""
     _, folder = run(cached, "student.keep_layers=[0, 1, 2]", "distill.steps=1")

@@ -162,6 +162,7 @@ def test_sigterm_saves_and_says_143(cached: Path, monkeypatch: pytest.MonkeyPatc
     assert checkpoints_of(project.run) == [3]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):

@@ -61,6 +61,7 @@ def systematic_variance(log_p: torch.Tensor, tau: float) -> float:
     return float((share**2 * chance * (1 - chance)).sum() / (1 - (p**2).sum(1)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.5, 3.0])
 @pytest.mark.parametrize("tau", [0.05, 0.02, 0.005])
 def test_noise_of_pps_is_that_of_the_dense_distribution(spread: float, tau: float) -> None:
@@ -69,6 +70,7 @@ def test_noise_of_pps_is_that_of_the_dense_distribution(spread: float, tau: floa
     assert added_noise(*targets) == pytest.approx(systematic_variance(log_p, tau), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [20, 50])
 def test_noise_of_random_sampling_is_one_nth(draws: int) -> None:
     log_p = dense(2.0)
@@ -78,6 +80,7 @@ def test_noise_of_random_sampling_is_one_nth(draws: int) -> None:
     assert added_noise(*targets) == pytest.approx(1 / draws, rel=0.05)
 
 
+@pytest.mark.slow
 def test_rounding_of_the_codec_is_part_of_the_noise() -> None:
     log_p = dense(3.0)
     raw = added_noise(*(drawn(log_p, plan, seed) for seed, plan in enumerate(plans(0.005))))
@@ -90,6 +93,7 @@ def project(make_project: MakeProject) -> Path:
     return make_project(prepare={"max_train_windows": 40, "max_validation_windows": 4})
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_cache(project: Path) -> None:
     """Estimated from a part of the windows, against the cache that cache-teacher then writes."""
     from ddk_pipe.stages.cache_teacher import cache_teacher
@@ -120,6 +124,7 @@ def test_the_table_and_the_line_for_the_manifest(project: Path) -> None:
     assert "in the manifest: cache: {scheme: pps, tau: 0." in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["random", "threshold", "topk"])
 def test_other_schemes_stand_beside_the_ladder(project: Path, scheme: str) -> None:
     result = shown(project, "--windows", 2, "--json", "--set", f"cache.scheme={scheme}")
@@ -134,6 +139,7 @@ def test_other_schemes_stand_beside_the_ladder(project: Path, scheme: str) -> No
     assert sizes == sorted(sizes) and all(row["bytes_per_position"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_several_temperatures_are_all_paid_for(project: Path) -> None:
     one, two = (
         json.loads(shown(project, "--windows", 2, "--json", "--set", f"cache.temperatures={t}").stdout)

@@ -146,6 +146,7 @@ def task_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval's own dependencies
 def test_lm_eval_offline(project: Project, task_folder: Path) -> None:
     """Its numbers are those of the logits, and the report shows them."""

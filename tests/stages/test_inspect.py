@@ -33,6 +33,7 @@ def cells(place: object, title: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows[1:]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["pps", "threshold", "topk", "random"])
 def test_masses_and_bytes(tmp_path: Path, scheme: str) -> None:
     folder = LocalFolder(tmp_path / "cache")

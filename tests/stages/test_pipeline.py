@@ -186,6 +186,7 @@ def test_chat_without_an_assistant(make_project: MakeProject, tmp_path: Path) ->
         prepare(project)
 
 
+@pytest.mark.slow
 def test_chat_data_goes_through_all_stages(make_project: MakeProject, tmp_path: Path) -> None:
     chats = [
         {
@@ -284,6 +285,7 @@ def test_distill_continues_after_ctrl_c_as_if_it_had_never_stopped(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_not_overwritten(with_cache: Project, tmp_path: Path) -> None:
     distill(with_cache)
     before = snapshot(with_cache.run)
@@ -292,6 +294,7 @@ def test_a_run_with_other_settings_is_not_overwritten(with_cache: Project, tmp_p
     assert snapshot(with_cache.run) == before
 
 
+@pytest.mark.slow
 def test_nan_loss_stops_before_the_weights_are_touched(
     make_project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +308,7 @@ def test_nan_loss_stops_before_the_weights_are_touched(
 # --- parts of the loop ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_and_seeds_differ(with_cache: Project, tmp_path: Path) -> None:
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -314,6 +318,7 @@ def test_two_runs_are_equal_and_seeds_differ(with_cache: Project, tmp_path: Path
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", ["uniform", "natural", "ddk_unsmoothed", "doremi", "sheared", "gap_softmax", "learnability"]
 )
@@ -341,6 +346,7 @@ def test_every_scheme_trains(make_project: MakeProject, scheme: str) -> None:
         distill(load_project(project.root / "manifest.yaml", ["distill.name=r", "distill.direction=reverse"]))
 
 
+@pytest.mark.slow
 def test_a_renormalised_run_trains_on_heads_without_their_tail(make_project: MakeProject) -> None:
     project = load_project(make_project(cache={"scheme": "topk", "k": 4}), ["distill.tail=renormalise"])
     cache_teacher(project)
@@ -355,6 +361,7 @@ def test_a_renormalised_run_trains_on_heads_without_their_tail(make_project: Mak
     distill(project)
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_step(with_cache: Project, tmp_path: Path) -> None:
     losses = []
     for size in (1, 4):
@@ -365,6 +372,7 @@ def test_micro_batches_do_not_change_the_step(with_cache: Project, tmp_path: Pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_skip_is_reproducible_and_near_the_exact_run(with_cache: Project, tmp_path: Path) -> None:
     losses = []
     for name, skip in (("exact", "null"), ("a", "1e-2"), ("b", "1e-2")):

@@ -132,6 +132,7 @@ def test_says_when_seeds_cannot_tell(tmp_path: Path) -> None:
     assert "which these seeds cannot tell from nothing" in answer(load_report(place))
 
 
+@pytest.mark.slow
 def test_fifty_runs_stay_small_and_names_are_text(tmp_path: Path) -> None:
     groups = {f"{EVIL} $x$ & {place}": place / 10 for place in range(25)}
     domains = (EVIL, "b" * 64, *"cdefgh")

@@ -110,6 +110,7 @@ def test_a_run_whose_process_dies_fails_alone(prepared: Path) -> None:
     assert [row["status"] for row in results(prepared.parent)] == ["failed", "finished"]
 
 
+@pytest.mark.slow
 def test_stopped_in_time(prepared: Path) -> None:
     """SIGTERM: the run under way writes its checkpoint, and the same command continues there."""
     path = write_sweep(prepared, set={"distill.steps": 100000, "distill.interval_steps": 5})
@@ -124,6 +125,7 @@ def test_stopped_in_time(prepared: Path) -> None:
     assert list((prepared.parent / "out/distill").glob("*/checkpoints/step-*"))
 
 
+@pytest.mark.slow
 def test_a_cache_that_changed_is_refused(prepared: Path, cached_output: Path) -> None:
     path = write_sweep(prepared, seeds=[0])
     sweep(path, Request(threads=1))

@@ -106,6 +106,7 @@ def prepared(tmp_path: Path, tiny_teacher: Path, cached_output: Path) -> Path:
     return project_without_teacher(tmp_path / "p", tiny_teacher, cached_output, distill=distill)
 
 
+@pytest.mark.slow
 @optuna
 def test_a_search_that_is_continued_equals_an_undisturbed_one(prepared: Path) -> None:
     """From the second trial on by what was found; the table has a row per run, and people see groups."""

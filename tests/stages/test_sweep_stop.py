@@ -80,6 +80,7 @@ def test_other_seeds_stop_where_the_first_did(tmp_path: Path) -> None:
     assert not follower.is_bad(8)
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_a_bad_group(tmp_path: Path, tiny_teacher: Path, cached_output: Path) -> None:
     """Both of its seeds, at the same step; not again when rerun; to the end when the rule is taken back."""
     distill = {"steps": 4, "batch_tokens": 64, "interval_steps": 1, "validation_windows": 1}

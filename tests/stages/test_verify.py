@@ -88,6 +88,7 @@ def test_json_and_nothing_else_on_standard_output(cached: Path) -> None:
     assert report["splits"]["plays/train"]["sound"] == report["splits"]["plays/train"]["shards"]
 
 
+@pytest.mark.slow
 def test_an_object_store(s3_url: str) -> None:
     folder = open_folder(s3_url)
     fill(folder, make_spec(make_plan(temperatures=(1.0,))))

@@ -61,6 +61,7 @@ def test_sizes_share_a_class_up_to_the_next_power_of_two(size: int, same_as: int
     assert tuning.size_class(same_as) != tuning.size_class(same_as + 1)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_tuning_times_a_copy_and_changes_no_result() -> None:
     """In the interpreter, told that its tensors lie on a GPU: every launch is tried, the logits are written

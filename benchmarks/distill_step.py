@@ -39,7 +39,7 @@ import torch
 from common import SEVENTH, Row, fresh_process, goal, peak_growth, report, spread, teacher_option
 
 from ddk_pipe.pipeline.cache import CachedWindow
-from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN, open_split
 from ddk_pipe.stages.distill import Run

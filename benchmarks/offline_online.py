@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.dense_kd import DenseTargets, linear_dense_kd
-from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.stages.distill import Run
 from ddk_pipe.stages.runtime import prepare_cpu
 from ddk_pipe.stages.teachers.hf import HfTeacher

@@ -31,7 +31,7 @@ prepare_cpu()  # before torch
 
 from ddk_pipe.pipeline.cache import CacheWriter, read_spec
 from ddk_pipe.pipeline.cache_spec import MOST_JSON_BYTES, MOST_SHARDS
-from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.demo_material import write_teacher
 from ddk_pipe.stages.prepare import prepare

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize, all_shards
 from ddk_pipe.pipeline.codec import Ranks
-from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.manifest import Manifest
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
 from ddk_pipe.pipeline.tokens import TRAIN
 from ddk_pipe.stages.engines import local

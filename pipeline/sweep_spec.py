@@ -39,14 +39,8 @@ from pydantic import Field
 
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import (
-    DOMAIN_NAME,
-    Project,
-    Section,
-    first_problem,
-    load_project,
-    read_yaml,
-)
+from ddk_pipe.pipeline.manifest import DOMAIN_NAME, Section
+from ddk_pipe.pipeline.project import Project, first_problem, load_project, read_yaml
 
 OURS = {  # fields that a sweep sets itself, and where to say what is wanted
     "distill.name": "the sweep names its runs; set `name` of the sweep",

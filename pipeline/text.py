@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
+from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Source
+from ddk_pipe.pipeline.project import Project
 
 COMPRESSED = (".gz", ".zst", ".bz2")
 BATCH_ROWS = 256  # Parquet rows in memory at a time

@@ -24,7 +24,6 @@ from ddk_pipe.pipeline.cache import (
 )
 from ddk_pipe.pipeline.durable import free_bytes, need_space
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import (
     check_length,
     load_tokenizer,
@@ -34,6 +33,7 @@ from ddk_pipe.pipeline.models import (
     tokenizer_of_model,
     weights_digest,
 )
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Plan
 from ddk_pipe.pipeline.storage import Folder, LocalFolder
 from ddk_pipe.pipeline.tokens import Split, tokenizer_digest, tokenizer_size

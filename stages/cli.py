@@ -111,11 +111,12 @@ def init(path: ManifestArgument = DEFAULT_MANIFEST) -> None:
       ddk-pipe init            # writes manifest.yaml
       ddk-pipe schema          # every field there is
     """
-    from ddk_pipe.pipeline import durable, manifest
+    from ddk_pipe.pipeline import durable
+    from ddk_pipe.pipeline.manifest_reference import STARTER
 
     if path.exists():
         raise DdkError(f"{path}: exists already", hint="choose another name")
-    durable.write_file(path.absolute(), manifest.STARTER.encode())
+    durable.write_file(path.absolute(), STARTER.encode())
     typer.echo(
         f"wrote {path}: name your files and your teacher there, then run `ddk-pipe cache-teacher {path}`"
     )
@@ -132,11 +133,11 @@ def schema(
     Example:
       ddk-pipe schema | grep cache
     """
-    from ddk_pipe.pipeline import manifest
+    from ddk_pipe.pipeline.manifest_reference import reference
 
     if markdown:
         typer.echo("# The manifest\n\n| field | type | default | meaning |\n|---|---|---|---|")
-    for name, kind, default, meaning in manifest.reference():
+    for name, kind, default, meaning in reference():
         if markdown:
             cells = (f"`{name}`", kind.replace("|", "or"), default.replace("None", "null"), meaning)
             typer.echo(f"| {' | '.join(cells)} |")
@@ -215,7 +216,7 @@ def distill(
       ddk-pipe distill manifest.yaml --set distill.name=uniform --set distill.mixing=uniform
     """
     if dry_run:
-        from ddk_pipe.pipeline.manifest import load_project
+        from ddk_pipe.pipeline.project import load_project
         from ddk_pipe.stages.training.dry_run import describe
 
         for line in describe(load_project(manifest, overrides)):
@@ -326,7 +327,7 @@ def demo(
 
 def _project(manifest: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
     """The checked project; everything wrong with the manifest is said before anything heavy is imported."""
-    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.pipeline.project import load_project
 
     project = load_project(manifest, overrides)
     _prepare_machine()

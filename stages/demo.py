@@ -15,9 +15,9 @@ from rich.console import Console
 
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache import committed, read_spec
-from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.models import be_quiet
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.pipeline.tokens import SPLITS, open_split
 from ddk_pipe.stages import demo_material
 from ddk_pipe.stages.inspect import domain_table, summarise

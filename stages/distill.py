@@ -23,9 +23,10 @@ import ddk_pipe
 from ddk_pipe.pipeline import durable, mixing
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Distill, Project
+from ddk_pipe.pipeline.manifest import Distill
 from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.pipeline.prefetch import prefetch
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.sampler import DomainSampler, rank_slice
 from ddk_pipe.stages.progress import say, track
 from ddk_pipe.stages.runtime import peak_memory_bytes, pick_device, pick_dtype

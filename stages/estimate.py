@@ -30,7 +30,7 @@ from rich.markup import escape
 
 from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, CacheWriter, ShardRecord, SplitSize, all_shards
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Plan, Selected
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack

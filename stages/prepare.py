@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
+from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Source
 from ddk_pipe.pipeline.models import load_tokenizer
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.text import Document, documents, find_files
 from ddk_pipe.pipeline.tokens import (
     SPLITS,

@@ -14,7 +14,7 @@ from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.dense_kd import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd
-from ddk_pipe.pipeline.manifest import Project, Student
+from ddk_pipe.pipeline.manifest import Student
 from ddk_pipe.pipeline.measures import measure
 from ddk_pipe.pipeline.models import (
     check_length,
@@ -24,6 +24,7 @@ from ddk_pipe.pipeline.models import (
     read_config,
     text_config,
 )
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.targets import SparseTargets
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import ddk_pipe
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.sweep_spec import RunSpec, Sweep
 from ddk_pipe.stages.sweep_run import cache_digest
 

@@ -11,7 +11,7 @@ from typing import Literal
 from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.cache import CacheSpec, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Plan
 from ddk_pipe.pipeline.sweep_spec import RunSpec
 from ddk_pipe.stages.runtime import prepare_cpu

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.sweep_spec import RunSpec, Sweep
 from ddk_pipe.stages.progress import clock
 from ddk_pipe.stages.sweep_record import finished_tokens_per_second, trials_before

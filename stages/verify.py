@@ -11,7 +11,7 @@ from rich.table import Table
 from ddk_pipe.pipeline.cache_spec import all_shards, read_spec, uncommitted
 from ddk_pipe.pipeline.cache_verify import Report, SplitReport
 from ddk_pipe.pipeline.cache_verify import verify as verify_cache
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 from ddk_pipe.stages.progress import say, track
 from ddk_pipe.stages.tables import new_table, terminal

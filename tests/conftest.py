@@ -46,7 +46,7 @@ def make_project(tmp_path: Path, tiny_teacher: Path) -> MakeProject:
 @pytest.fixture(scope="session")
 def cached_output(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """The output folder of make_project's default manifest after `cache-teacher`, made once per test run."""
-    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.pipeline.project import load_project
     from ddk_pipe.stages.cache_teacher import cache_teacher
 
     folder = tmp_path_factory.mktemp("cached")

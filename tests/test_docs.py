@@ -64,7 +64,7 @@ def test_errors_that_the_docs_explain_exist() -> None:
 
 
 def test_every_manifest_in_the_docs_is_valid(tmp_path: Path) -> None:
-    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.pipeline.project import load_project
     from ddk_pipe.pipeline.sweep_spec import load_sweep
 
     seen = 0

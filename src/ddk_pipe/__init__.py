@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ddk_pipe.pipeline.dataset import CachedWindows, DomainBatches, collate
     from ddk_pipe.pipeline.errors import DdkError
     from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
-    from ddk_pipe.pipeline.manifest import load_project
     from ddk_pipe.pipeline.mixing import RULES, ddk_initial, initial_weights, make_rule
+    from ddk_pipe.pipeline.project import load_project
     from ddk_pipe.pipeline.sampler import DomainSampler
     from ddk_pipe.pipeline.targets import SparseTargets
 
@@ -41,8 +41,8 @@ _HOMES = {
     "dataset": ("CachedWindows", "DomainBatches", "collate"),
     "errors": ("DdkError",),
     "losses": ("SparseKdLoss", "linear_sparse_kd", "sparse_kd_reference"),
-    "manifest": ("load_project",),
     "mixing": ("RULES", "ddk_initial", "initial_weights", "make_rule"),
+    "project": ("load_project",),
     "sampler": ("DomainSampler",),
     "targets": ("SparseTargets",),
 }

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.manifest import Manifest
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Selected
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import TRAIN, Split, labels_of, open_split

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.dense_kd import DenseTargets
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.selection import Plan
 from ddk_pipe.pipeline.storage import is_url
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline import measures
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.project import Project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.training.sources import Source, sparse_batch, teacher_ce
 from ddk_pipe.stages.training.validation_size import windows_per_domain

@@ -25,8 +25,8 @@ from runs import assert_same_bits
 from tiny import write_project
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.stages.cli import app, main
 from ddk_pipe.stages.distill import Run, distill
 from ddk_pipe.stages.training.step import Stepper

@@ -18,9 +18,10 @@ from tiny import MakeProject, make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Distill, load_project
+from ddk_pipe.pipeline.manifest import Distill
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import Run, distill
 from ddk_pipe.stages.training.checks import lopsided

@@ -19,8 +19,8 @@ from runs import assert_same_bits, order_of, rows_of, weights_of
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.stages.distill import Run, distill
 from ddk_pipe.stages.training.checkpoints import _Unpickler
 from ddk_pipe.stages.training.step import Stepper

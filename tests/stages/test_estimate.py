@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.codec import Codec, Context, Ranks, encode_log
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.pipeline.selection import Plan, select
 from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.stages.cli import app

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.tokens import VALIDATION
 from ddk_pipe.stages.cli import app

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.project import load_project
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.export import Target, export

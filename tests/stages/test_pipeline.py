@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.measures import target_entropy
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import SparseKdLoss, sparse_kd_reference
-from ddk_pipe.pipeline.manifest import Project, Student, load_project
+from ddk_pipe.pipeline.manifest import Student
+from ddk_pipe.pipeline.project import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.students import DistillStudent, build_student, logit_softcap

@@ -457,6 +457,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    out = weights * 0 + (1 - share) / (len(weights) - 1)\n"
         "    out[(student_ce - teacher_ce).argmax()] = share\n"
         "    return out\n"
+        "def fallen(weights, student_ce, teacher_ce, student_ce_before):\n"
+        "    return (student_ce_before - student_ce) / (student_ce_before - student_ce).sum()\n"
         "def broken(weights, student_ce, teacher_ce):\n"
         "    return weights * 2\n"
     )
@@ -464,7 +466,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: users-rules\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[ddk_pipe.mixing]\nlargest = users_rules:largest\nbroken = users_rules:broken\n"
+        "[ddk_pipe.mixing]\nlargest = users_rules:largest\nfallen = users_rules:fallen\nbroken = users_rules:broken\n"
         "gone = users_rules:gone\nuniform = users_rules:broken\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -476,6 +478,10 @@ def test_a_users_own_rule_is_found_checked_and_never_in_place_of_ours() -> None:
     weights = np.full(N, 1 / N)
     found = make_rule("largest", sizes=SIZES, options={"share": 0.55})(weights, student_ce, teacher_ce)
     np.testing.assert_allclose(found, [0.55, *[0.05] * 9])
+    fell = make_rule("fallen", sizes=SIZES)
+    before = student_ce + np.arange(N)
+    found = fell(weights, student_ce, teacher_ce, student_ce_before=before)
+    np.testing.assert_allclose(found, np.arange(N) / 45, atol=1e-12)
     with pytest.raises(
         DdkError, match=r"mixing rule 'broken': weights must sum to 1, got 2\.0.*users_rules:broken"
     ):

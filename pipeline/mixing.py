@@ -251,8 +251,8 @@ def make_rule(
     """The rule of that name, with those of the keyword arguments that it takes filled in, and all `options`.
 
     `sizes` is the number of windows of each domain, shape [domains]. The result is called as
-    `rule(weights, student_ce, teacher_ce, student_ce_before=...)`. A name that is not in RULES is looked for in the entry
-    point group `ddk_pipe.mixing`; what such a rule returns is checked.
+    `rule(weights, student_ce, teacher_ce, student_ce_before=...)`. A name that is not in RULES is
+    looked for in the entry point group `ddk_pipe.mixing`; what such a rule returns is checked.
     Raises DdkError for an unknown name or option, naming the nearest, and for a plug-in that cannot
     be loaded; its rule raises DdkError for weights that are none.
     """

@@ -69,9 +69,7 @@ class Position:
     settings: str  # digest of everything that must not change between start and resume
     gap: float | None = None  # mean validation gap, nats per token, where it was measured at this very step
     finished: bool = False  # every gap was below stop_gap_nats
-    student_ce: list[float] = field(
-        default_factory=list
-    )  # [domains], nats, at the last update of the weights
+    student_ce: list[float] = field(default_factory=list)  # [domains], nats, at the last weight update
     warnings: list[str] = field(default_factory=list)  # what the user was told once, for the record
 
 

@@ -87,7 +87,7 @@ def near() -> str:
 
 
 def baselines() -> str:
-    return _by_start("baselines", "KD uniform")
+    return _by_start("baselines", "KD uniform", "DDK")
 
 
 def left_out() -> str:

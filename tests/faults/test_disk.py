@@ -93,6 +93,7 @@ def test_a_limit_on_the_size_of_files(judge: Judge, tmp_path: Path, most: int) -
     judge.complete(folder)
 
 
+@pytest.mark.slow
 def test_a_limit_on_open_files(judge: Judge, folder: LocalFolder) -> None:
     """More arrays than a process may have open: a reader keeps fewer of them."""
     process, connection = start(read_with_few_files, folder, judge.windows)

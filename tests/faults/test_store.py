@@ -54,6 +54,7 @@ def empty_store(proxy: Proxy) -> ObjectFolder:
     return ObjectFolder(new_prefix(), retry_seconds=RETRY_SECONDS)
 
 
+@pytest.mark.slow
 def test_two_processes_race_for_every_record(
     judge: Judge, s3_environment: dict[str, str], empty_store: ObjectFolder
 ) -> None:

@@ -254,6 +254,7 @@ def test_a_table_that_one_shard_was_not_coded_with(disk: LocalFolder) -> None:
 # --- leftovers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_groups_of_writers_that_lost_or_died(cache: Folder, content: Content) -> None:
     """One of a sound shard goes; one of a shard that is not committed may be about to be."""
     shard, _ = some_shard(cache)

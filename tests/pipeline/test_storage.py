@@ -152,6 +152,7 @@ def test_addresses_of_another_kind() -> None:
     assert isinstance(open_folder("some/where"), LocalFolder)
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_reached_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, s3_url: str
 ) -> None:

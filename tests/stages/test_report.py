@@ -222,6 +222,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"run": report(run)[0], "sweep": report(sweep)[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "sweep"])
 @pytest.mark.parametrize(("width", "scheme"), [(380, "dark"), (1600, "light")])
 def test_page_in_chromium(

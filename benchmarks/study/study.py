@@ -8,8 +8,9 @@ commands: prepare, cache-teacher, and one sweep per table (the .yaml files besid
 measured on windows that its run never saw (measure.py); the rows are kept as Parquet in results/, and the page is
 written from these alone (page.py). All of it resumes: what is finished is not done again.
 
---seeds N: only the first N of each table. --check: of each table one run is made again from scratch, and compared
-with its rows: the figures have to be the same.
+--seeds N: only the first N of each table. --check: of each table one run is made again, its cache too, and compared with
+its rows: the figures have to be the same. That takes minutes a table, from the pre-trained models and the real teacher's
+cache in the folder; where they are not there yet they are made first (the far teacher and that cache take longest).
 """
 
 from __future__ import annotations

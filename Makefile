@@ -66,7 +66,7 @@ study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY
 
 docs: setup ## build the documentation into site/
 	$(BIN)/ddk-pipe schema --markdown > docs/manifest.md
-	$(BIN)/python -P -m ddk_pipe.stages.cli_reference > docs/cli.md
+	$(BIN)/python -P -m ddk_pipe.stages.cli.reference > docs/cli.md
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove what the targets above made

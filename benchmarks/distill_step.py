@@ -38,13 +38,13 @@ from typing import Any
 import torch
 from common import SEVENTH, Row, fresh_process, goal, peak_growth, report, spread, teacher_option
 
-from ddk_pipe.pipeline.cache import CachedWindow
-from ddk_pipe.pipeline.project import Project, load_project
-from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.pipeline.tokens import TRAIN, open_split
-from ddk_pipe.stages.distill import Run
-from ddk_pipe.stages.runtime import prepare_cpu
-from ddk_pipe.stages.training.sources import _bare
+from ddk_pipe.pipeline.cache.reader import CachedWindow
+from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL
+from ddk_pipe.pipeline.text.tokens import TRAIN, open_split
+from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.sources import _bare
 
 VARIANTS = ("ours", "ours_skip", "ce_only", "online_dense", "online_hf")
 SKIPS, LARGEST_ERROR = (
@@ -61,8 +61,8 @@ GAMMA = 1.0
 
 def make_project(folder: Path, teacher: Path, tokens: int) -> Path:
     """A manifest over the demo's text, and its cache; whoever trains from it says which student."""
-    from ddk_pipe.stages.cache_teacher import cache_teacher
-    from ddk_pipe.stages.demo_material import write_texts
+    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.demo.material import write_texts
 
     write_texts(folder / "text")
     manifest = {
@@ -103,7 +103,7 @@ class Steps:
         if variant in ("ce_only", "online_hf"):
             self.run.source.read = _in_memory(self.project)  # type: ignore[method-assign, assignment]
         shares = [1 / len(self.run.domains)] * len(self.run.domains)
-        from ddk_pipe.stages.distill import Position
+        from ddk_pipe.stages.distill.run import Position
 
         self.position = Position(0, 0.0, shares, shares, self.run.sampler.state_dict(), "")
         self.data = self.run._steps_of_windows(self.position)
@@ -270,7 +270,7 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="distill-step-"))
     try:
-        from ddk_pipe.stages.demo_material import write_teacher
+        from ddk_pipe.stages.demo.material import write_teacher
 
         write_teacher(args.teacher)
         manifest = make_project(folder, args.teacher.resolve(), args.tokens)

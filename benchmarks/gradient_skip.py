@@ -29,7 +29,7 @@ from typing import Any
 
 from common import ROOT, TEACHER, Row, goal, report
 
-from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.common.machine import prepare_cpu
 
 prepare_cpu()
 
@@ -37,10 +37,10 @@ import torch
 from loss_problem import K
 from torch import Tensor
 
-from ddk_pipe.pipeline import gradient_skip
-from ddk_pipe.pipeline.selection import top_with_tail
-from ddk_pipe.pipeline.targets import SparseTargets, stack
-from ddk_pipe.stages.students import DistillStudent
+from ddk_pipe.pipeline.losses import gradient_skip
+from ddk_pipe.pipeline.targets.selection import top_with_tail
+from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
+from ddk_pipe.stages.distill.students import DistillStudent
 
 WINDOW = 128  # tokens
 BATCH = 2  # windows of a step
@@ -109,7 +109,7 @@ def make_data(plan: Plan, path: Path) -> Data:
 def teach(plan: Plan) -> list[Tensor]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ddk_pipe.stages.demo_material import write_teacher
+    from ddk_pipe.stages.demo.material import write_teacher
 
     write_teacher(TEACHER)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)

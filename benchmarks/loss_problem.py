@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from common import TEACHER
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses import linear_sparse_kd
-from ddk_pipe.pipeline.selection import top_with_tail
-from ddk_pipe.pipeline.targets import SparseTargets, stack
+from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd
+from ddk_pipe.pipeline.targets.selection import top_with_tail
+from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
 
 K = 64
 CHUNK = 128
@@ -121,7 +121,7 @@ def real_states(positions: int) -> tuple[Tensor, Tensor, Tensor]:
     """The model's last hidden states [N, 576], its output weight [49152, 576], and the next tokens [N]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ddk_pipe.stages.demo_material import write_teacher
+    from ddk_pipe.stages.demo.material import write_teacher
 
     write_teacher(TEACHER)
     text = inspect.getsource(argparse) + inspect.getsource(subprocess)

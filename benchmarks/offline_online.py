@@ -38,13 +38,13 @@ import torch
 from common import Row, goal, report, teacher_option
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache import CachedWindow
-from ddk_pipe.pipeline.dense_kd import DenseTargets, linear_dense_kd
-from ddk_pipe.pipeline.project import Project, load_project
-from ddk_pipe.stages.distill import Run
-from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.pipeline.cache.reader import CachedWindow
+from ddk_pipe.pipeline.losses.dense import DenseTargets, linear_dense_kd
+from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source, sparse_batch
 from ddk_pipe.stages.teachers.hf import HfTeacher
-from ddk_pipe.stages.training.sources import Batch, CacheSource, OnlineSource, Source, sparse_batch
 
 DOMAINS = ("python_code", "documentation", "plays")
 SEQ_LEN, BATCH_WINDOWS = 256, 2
@@ -137,8 +137,8 @@ class Judge:
 
 def make_project(folder: Path, teacher: Path, steps: int) -> Path:
     """The manifest and its two caches."""
-    from ddk_pipe.stages.cache_teacher import cache_teacher
-    from ddk_pipe.stages.demo_material import write_texts
+    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.demo.material import write_texts
 
     write_texts(folder / "text")
     manifest = {
@@ -240,7 +240,7 @@ def main() -> None:
     command = " ".join(["python", "benchmarks/offline_online.py", *sys.argv[1:]])
     losses: dict[str, list[tuple[float, float]]] = {name: [] for name in SETS}
     try:
-        from ddk_pipe.stages.demo_material import write_teacher
+        from ddk_pipe.stages.demo.material import write_teacher
 
         write_teacher(args.teacher)
         manifest = make_project(folder, args.teacher.resolve(), args.steps)

@@ -18,9 +18,9 @@ import torch
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline import durable
-from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, ShardRecord, SplitSize, shards_of
-from ddk_pipe.pipeline.cache_shard import (
+from ddk_pipe.pipeline.cache.arrays import ShardReader
+from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard, ShardRecord, SplitSize, shards_of
+from ddk_pipe.pipeline.cache.shard import (
     STAMP_WORDS,
     FileFacts,
     checks_text,
@@ -28,10 +28,10 @@ from ddk_pipe.pipeline.cache_shard import (
     input_arrays,
     require_record,
 )
-from ddk_pipe.pipeline.codec import Ranks
-from ddk_pipe.pipeline.selection import Plan, Selected, join, select_logits
-from ddk_pipe.pipeline.storage import Folder, LocalFolder
-from ddk_pipe.pipeline.zarr_shard import ShardReader
+from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
+from ddk_pipe.pipeline.targets.codec import Ranks
+from ddk_pipe.pipeline.targets.selection import Plan, Selected, join, select_logits
 
 VOCAB, SEQ_LEN = 49_152, 2_048
 PLAN = Plan("pps", 0.02, 64, 1000, 50, (1.0,), 0)

@@ -31,8 +31,8 @@ from typing import Any
 
 from common import ROOT, SEVENTH, Row, goal, report, spread, teacher_option
 
-from ddk_pipe.pipeline.sweep_spec import load_sweep
-from ddk_pipe.stages import demo_material
+from ddk_pipe.pipeline.manifest.sweep import load_sweep
+from ddk_pipe.stages.demo import material as demo_material
 
 DOMAINS = ("python_code", "documentation", "licences", "plays")
 RULES, SEEDS = ("ddk", "uniform"), (0, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import Row, goal, report
 
-from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.stages.common.machine import prepare_cpu
 
 prepare_cpu()
 
@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize, all_shards
-from ddk_pipe.pipeline.codec import Ranks
-from ddk_pipe.pipeline.manifest import Manifest
-from ddk_pipe.pipeline.project import Project
-from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
-from ddk_pipe.pipeline.tokens import TRAIN
-from ddk_pipe.stages.engines import local
-from ddk_pipe.stages.engines import maker as maker_module
-from ddk_pipe.stages.engines.maker import Job, ShardReport
+from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard, SplitSize, all_shards
+from ddk_pipe.pipeline.manifest.fields import Manifest
+from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.targets.codec import Ranks
+from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
+from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.stages.cache_teacher import local
+from ddk_pipe.stages.cache_teacher import maker as maker_module
+from ddk_pipe.stages.cache_teacher.maker import Job, ShardReport
 from ddk_pipe.stages.teachers import Teacher, Window
 
 VOCAB, SEQ_LEN, WINDOWS = 512, 64, 4
@@ -109,7 +109,7 @@ def shards_per_second(engine: str, workers: int, shards: int, seconds: float) ->
         job = job_in(Path(folder).resolve(), shards, seconds)
         work: list[Shard] = all_shards(job.spec)
         if engine == "ray":
-            from ddk_pipe.stages.engines import ray
+            from ddk_pipe.stages.cache_teacher import ray
 
             ray.run(job, work, note, workers=workers)
         else:

@@ -22,8 +22,8 @@ from common import ROOT
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddk_pipe.pipeline.selection import head_rows
-from ddk_pipe.stages.demo_material import write_teacher
+from ddk_pipe.pipeline.targets.selection import head_rows
+from ddk_pipe.stages.demo.material import write_teacher
 
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"
 SCRATCH = ROOT / "runs" / "cache_codec"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddk_pipe.pipeline import durable
+from ddk_pipe.pipeline.storage import durable
 
 TABLES = ("steps", "validation")
 LAST_BYTES = 1 << 16  # holds the last rows of any table

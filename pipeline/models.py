@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddk_pipe.pipeline import durable
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.storage import durable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ def test_builds_without_a_warning(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", docs)
     for name, command in (
         ("manifest", ["ddk_pipe.stages.cli", "schema", "--markdown"]),
-        ("cli", ["ddk_pipe.stages.cli_reference"]),
+        ("cli", ["ddk_pipe.stages.cli.reference"]),
     ):
         text = subprocess.run(
             [sys.executable, "-P", "-m", *command], capture_output=True, text=True, check=True
@@ -43,8 +43,8 @@ def test_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_every_command_is_in_the_reference() -> None:
-    from ddk_pipe.stages.cli import app
-    from ddk_pipe.stages.cli_reference import reference
+    from ddk_pipe.stages.cli.app import app
+    from ddk_pipe.stages.cli.reference import reference
 
     text = reference()
     assert len(app.registered_commands) == len(re.findall(r"^## `ddk-pipe [a-z-]+`$", text, re.MULTILINE))
@@ -64,8 +64,8 @@ def test_errors_that_the_docs_explain_exist() -> None:
 
 
 def test_every_manifest_in_the_docs_is_valid(tmp_path: Path) -> None:
-    from ddk_pipe.pipeline.project import load_project
-    from ddk_pipe.pipeline.sweep_spec import load_sweep
+    from ddk_pipe.pipeline.manifest.project import load_project
+    from ddk_pipe.pipeline.manifest.sweep import load_sweep
 
     seen = 0
     for page in sorted((ROOT / "docs").rglob("*.md")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ddk_pipe
-from ddk_pipe.stages.teachers.vllm import keep_our_name_from_vllm
+from ddk_pipe.stages.teachers.vllm.engine import keep_our_name_from_vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.stages.demo_material import write_teacher
+from ddk_pipe.stages.demo.material import write_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

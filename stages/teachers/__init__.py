@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.stages.progress import say
+from ddk_pipe.pipeline.manifest import fields as manifest
+from ddk_pipe.stages.common.progress import say
 from ddk_pipe.stages.teachers.protocol import Teacher, Window
 
 __all__ = ["Teacher", "Window", "choose_backend", "open_teacher"]
@@ -35,7 +35,7 @@ def open_teacher(
     Where nobody asked for vLLM by name and our hook does not fit the one installed, transformers does the work.
     """
     if backend == "vllm" and _fits(teacher):
-        from ddk_pipe.stages.teachers.vllm import VllmTeacher
+        from ddk_pipe.stages.teachers.vllm.engine import VllmTeacher
 
         return VllmTeacher(folder, teacher, seq_len=seq_len, vocab_size=vocab_size)
     from ddk_pipe.stages.teachers.hf import HfTeacher
@@ -45,7 +45,7 @@ def open_teacher(
 
 def _fits(teacher: manifest.Teacher) -> bool:
     """True if vLLM can serve; raises DdkError if it cannot and the manifest names it."""
-    from ddk_pipe.stages.teachers.vllm import check_engine
+    from ddk_pipe.stages.teachers.vllm.engine import check_engine
 
     if teacher.vllm.capture == "prompt_logprobs":  # vLLM's public interface: no hook
         return True

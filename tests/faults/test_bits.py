@@ -9,7 +9,7 @@ import pytest
 from caches import fill, make_plan, make_spec
 from faults import Judge
 
-from ddk_pipe.pipeline.cache import (
+from ddk_pipe.pipeline.cache.reader import (
     CacheReader,
     CacheSpec,
     Codecs,
@@ -20,10 +20,10 @@ from ddk_pipe.pipeline.cache import (
     read_record,
     read_spec,
 )
-from ddk_pipe.pipeline.cache_shard import open_windows
+from ddk_pipe.pipeline.cache.shard import open_windows
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import LocalFolder
-from ddk_pipe.pipeline.tokens import TRAIN
+from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.text.tokens import TRAIN
 
 SHARD = Shard("code", TRAIN, 0, 0, 1)
 

@@ -1,6 +1,6 @@
 """Damage of every kind: an error that names the file and the way back; after repair and refill nothing is missing.
 
-What reading alone makes of a damaged file, case by case, is in tests/pipeline/test_cache.py.
+What reading alone makes of a damaged file, case by case, is in tests/pipeline/cache/test_cache.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import zarr
 from caches import fill, group_path, resealed
 from faults import FIRST, SECOND, Judge, flip, rechunk, reseal_record, small_spec, swap
 
-from ddk_pipe.pipeline.cache import CacheReader, CacheWriter, SplitSize, read_record, read_spec
-from ddk_pipe.pipeline.cache_verify import verify
+from ddk_pipe.pipeline.cache.reader import CacheReader, CacheWriter, SplitSize, read_record, read_spec
+from ddk_pipe.pipeline.cache.verification import verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import LocalFolder
-from ddk_pipe.pipeline.tokens import TRAIN
+from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.text.tokens import TRAIN
 
 
 def chunks(folder: LocalFolder, array: str = "tokens") -> Path:

@@ -25,12 +25,12 @@ from runs import assert_same_bits
 from tiny import write_project
 from typer.testing import CliRunner
 
+from ddk_pipe.pipeline.manifest.project import load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.pipeline.project import load_project
-from ddk_pipe.stages.cli import app, main
-from ddk_pipe.stages.distill import Run, distill
-from ddk_pipe.stages.training.step import Stepper
-from ddk_pipe.stages.training.world import World, join_world
+from ddk_pipe.stages.cli.app import app, main
+from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill.step import Stepper
+from ddk_pipe.stages.distill.world import World, join_world
 
 SETS = ("distill.steps=6", "distill.interval_steps=3", "distill.checkpoint_steps=2")
 ROOM = 150_000  # bytes: a third of a checkpoint
@@ -120,7 +120,7 @@ class Ranks:
         self.command("nan_fsdp/again")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "ddk_pipe.stages.stopping._leave_after", lambda *_: None
+                "ddk_pipe.stages.common.stopping._leave_after", lambda *_: None
             )  # it would end this script
             if not self.world.leads:
                 before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))

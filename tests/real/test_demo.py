@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ddk_pipe
-from ddk_pipe.stages import demo_material
-from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.report_data import load_report
+from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.demo import material as demo_material
+from ddk_pipe.stages.report.data import load_report
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

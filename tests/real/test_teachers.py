@@ -16,11 +16,11 @@ from engines import select_elsewhere
 from quantised import AWQ, quantise, say_quantised
 from tiny import make_model
 
-from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import fields as manifest
 from ddk_pipe.pipeline.models import weights_digest
-from ddk_pipe.pipeline.selection import Plan, Selected
-from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.targets.selection import Plan, Selected
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL
 from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
 
 pytestmark = [
@@ -146,7 +146,7 @@ def test_a_second_plan_and_a_second_call_keep_their_windows_apart(
 
 def test_plain_prompt_logprobs_gives_the_same_topk(vllm: Teacher, windows: list[Window]) -> None:
     """vLLM's public interface, in the same engine: no hook is installed for these requests' results."""
-    from ddk_pipe.stages.teachers.vllm import VllmTeacher
+    from ddk_pipe.stages.teachers.vllm.engine import VllmTeacher
 
     assert isinstance(vllm, VllmTeacher)
     simple = Plan("topk", TAU, 16, 256, 50, (1.0,), 7)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.selection import Plan, select_logits
-from ddk_pipe.stages.teachers import open_teacher, vllm_worker
-from ddk_pipe.stages.teachers import vllm as engine
+from ddk_pipe.pipeline.manifest import fields as manifest
+from ddk_pipe.pipeline.targets.selection import Plan, select_logits
+from ddk_pipe.stages.teachers import open_teacher
 from ddk_pipe.stages.teachers.hf import HfTeacher
-from ddk_pipe.stages.teachers.vllm_worker import SelectionExtension, unpack
+from ddk_pipe.stages.teachers.vllm import engine
+from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
+from ddk_pipe.stages.teachers.vllm.worker import SelectionExtension, unpack
 
 pytestmark = [
     pytest.mark.real,

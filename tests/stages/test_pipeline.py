@@ -21,21 +21,21 @@ from tiny import MakeProject, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache import CacheReader
+from ddk_pipe.pipeline.cache.reader import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.measures import target_entropy
-from ddk_pipe.pipeline.project import Project, load_project
-from ddk_pipe.pipeline.storage import open_folder
-from ddk_pipe.pipeline.targets import SparseTargets
-from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, open_split
-from ddk_pipe.stages.cache_teacher import cache_teacher
-from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.distill import Run, distill
-from ddk_pipe.stages.inspect import inspect
-from ddk_pipe.stages.prepare import prepare
-from ddk_pipe.stages.students import build_student
-from ddk_pipe.stages.training.schedules import learning_rate
-from ddk_pipe.stages.training.sources import CacheSource, teacher_ce
+from ddk_pipe.pipeline.losses.measures import target_entropy
+from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.storage.folders import open_folder
+from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION, open_split
+from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill.schedules import learning_rate
+from ddk_pipe.stages.distill.sources import CacheSource, teacher_ce
+from ddk_pipe.stages.distill.students import build_student
+from ddk_pipe.stages.inspect.stage import inspect
+from ddk_pipe.stages.prepare.stage import prepare
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -91,7 +91,7 @@ def test_everything_is_skipped_the_second_time(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.open_teacher", never)
+    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.stage.open_teacher", never)
     outcome = cache_teacher(with_cache)
     distill(with_cache)
     assert snapshot(with_cache.output) == before
@@ -405,8 +405,8 @@ def test_kept_layers_are_the_teachers(project: Project, tiny_teacher: Path) -> N
 
 
 def test_target_entropy_turns_kl_into_cross_entropy() -> None:
-    from ddk_pipe.pipeline.losses import sparse_kd_reference
-    from ddk_pipe.pipeline.targets import SparseTargets
+    from ddk_pipe.pipeline.losses.chunked import sparse_kd_reference
+    from ddk_pipe.pipeline.targets.sparse import SparseTargets
 
     weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
     targets = SparseTargets(

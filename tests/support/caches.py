@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_pipe.pipeline import durable
-from ddk_pipe.pipeline.cache import (
+from ddk_pipe.pipeline.cache.reader import (
     CacheReader,
     CacheSpec,
     CacheWriter,
@@ -23,11 +22,12 @@ from ddk_pipe.pipeline.cache import (
     read_spec,
     verify_shard,
 )
-from ddk_pipe.pipeline.codec import Ranks
-from ddk_pipe.pipeline.selection import Plan, Selected, select_logits
-from ddk_pipe.pipeline.storage import Folder, LocalFolder
-from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION, labels_of
+from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
+from ddk_pipe.pipeline.targets.codec import Ranks
+from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL
+from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION, labels_of
 
 VOCAB, SEQ_LEN = 90, 12
 SIZES = {TRAIN: SplitSize(10, 4, "train-digest"), VALIDATION: SplitSize(3, 4, "validation-digest")}

@@ -7,11 +7,11 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from ddk_pipe.pipeline import manifest
-from ddk_pipe.pipeline.selection import Plan, Selected
-from ddk_pipe.stages.runtime import prepare_cpu
+from ddk_pipe.pipeline.manifest import fields as manifest
+from ddk_pipe.pipeline.targets.selection import Plan, Selected
+from ddk_pipe.stages.common.machine import prepare_cpu
 from ddk_pipe.stages.teachers import Window, open_teacher
-from ddk_pipe.stages.teachers.vllm_worker import Packed, pack, unpack
+from ddk_pipe.stages.teachers.vllm.worker import Packed, pack, unpack
 
 
 def select_elsewhere(

@@ -22,8 +22,8 @@ import google_crc32c
 import numpy as np
 from caches import fill, group_path, make_plan, make_spec, numbers, open_writer, resealed, write_shard
 
-from ddk_pipe.pipeline import durable
-from ddk_pipe.pipeline.cache import (
+from ddk_pipe.pipeline.cache.arrays import BLOSC_HEADER, _Array, write_group
+from ddk_pipe.pipeline.cache.reader import (
     SCHEMA_VERSION,
     CachedWindow,
     CacheReader,
@@ -37,12 +37,12 @@ from ddk_pipe.pipeline.cache import (
     read_record,
     read_spec,
 )
-from ddk_pipe.pipeline.cache_shard import ShardWindows, checks_text
-from ddk_pipe.pipeline.cache_verify import verify
+from ddk_pipe.pipeline.cache.shard import ShardWindows, checks_text
+from ddk_pipe.pipeline.cache.verification import verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder
-from ddk_pipe.pipeline.tokens import TRAIN, VALIDATION
-from ddk_pipe.pipeline.zarr_shard import BLOSC_HEADER, _Array, write_group
+from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, ObjectFolder
+from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION
 
 SIZES = {TRAIN: SplitSize(8, 2, "train-digest"), VALIDATION: SplitSize(2, 2, "validation-digest")}
 FIRST, SECOND = Shard("code", TRAIN, 0, 0, 2), Shard("code", TRAIN, 1, 2, 2)
@@ -63,9 +63,9 @@ def small_spec(**changes: Any) -> CacheSpec:
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "ddk_pipe.pipeline.cache_verify",
+        "ddk_pipe.pipeline.cache.verification",
         "ddk_pipe.stages.cli",
-        "ddk_pipe.stages.cache_teacher",
+        "ddk_pipe.stages.cache_teacher.stage",
         "ddk_pipe.stages.teachers.hf",
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
@@ -100,7 +100,7 @@ def write_pending(connection: Connection, folder: Folder, spec: CacheSpec) -> No
 
 def run_command(connection: Connection, arguments: list[str]) -> None:
     """What the console script `ddk-pipe` does with these arguments; says so once it is about to begin."""
-    from ddk_pipe.stages.cli import main
+    from ddk_pipe.stages.cli.app import main
 
     sys.argv = ["ddk-pipe", *arguments]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -9,8 +9,8 @@ from types import ModuleType
 FORBIDDEN = (
     "vllm",
     "ddk_pipe.stages.teachers",
-    "ddk_pipe.stages.cache_teacher",
-    "ddk_pipe.stages.engines.maker",
+    "ddk_pipe.stages.cache_teacher.stage",
+    "ddk_pipe.stages.cache_teacher.maker",
 )
 
 

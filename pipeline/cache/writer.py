@@ -1,0 +1,303 @@
+"""Writes a cache, shard by shard; any number of writers may work on one cache, also on one shard, at once.
+
+A shard is built in a scratch folder, read back through the reader, and published under a name that nobody else
+uses. Its commit record, created exclusively, then decides which of several writers won. Nothing is removed before
+that; afterwards the winner removes the groups that stood there before it won, a loser its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddk_pipe.pipeline.cache.arrays import Arrays, write_group
+from ddk_pipe.pipeline.cache.shard import (
+    GROUP,
+    STAMP_WORDS,
+    Codecs,
+    FileFacts,
+    ShardRecord,
+    ShardWindows,
+    checks_text,
+    measure,
+    read_record,
+    token_dtype,
+)
+from ddk_pipe.pipeline.cache.spec import (
+    MOST_JSON_BYTES,
+    MOST_SHARDS,
+    SCHEMA_VERSION,
+    CacheSpec,
+    Shard,
+    all_shards,
+    count_shards,
+    ranks_bytes,
+    ranks_name,
+    read_spec,
+    repair,
+    uncommitted,
+)
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
+from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, MOST_PADDED, Context, Ranks, encode_log
+from ddk_pipe.pipeline.targets.selection import Selected
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.text.tokens import labels_of
+
+LEAST_LOGPROB = -1e4  # a label the teacher thinks impossible (-inf) still has a code, 65535 means "no label"
+COMMIT_TRIES = 5
+
+
+class CacheWriter:
+    """Creates or continues the cache in `folder`.
+
+    A domain needs a rank table (`add_ranks`) before its first shard is written. Raises DdkError where the cache there
+    was made with other settings.
+    """
+
+    def __init__(self, folder: Folder, spec: CacheSpec) -> None:
+        self.folder = folder
+        self.spec = self._open(spec)
+        self._codecs = Codecs(folder, self.spec)
+
+    def _open(self, spec: CacheSpec) -> CacheSpec:
+        check_shards(self.folder, spec)
+        if not self.folder.exists("cache.json"):
+            with suppress(FileExistsError):  # somebody was faster: then theirs is the cache
+                self.folder.create("cache.json", spec.to_json())
+        known = read_spec(self.folder)
+        merged = _merged(self.folder, known, spec)
+        if merged.domains != known.domains:
+            self.folder.write("cache.json", merged.to_json())
+        return merged
+
+    def has_ranks(self, domain: str) -> bool:
+        """True if the domain's rank table is there."""
+        return self.folder.exists(ranks_name(domain))
+
+    def add_ranks(self, domain: str, ranks: Ranks) -> None:
+        """Give a domain its rank table; where somebody was faster, theirs stays (any permutation will do)."""
+        with suppress(FileExistsError):
+            self.folder.create(ranks_name(domain), ranks_bytes(ranks))
+
+    def pending(self) -> list[Shard]:
+        """Shards without a commit record, in order."""
+        return uncommitted(self.folder, all_shards(self.spec))
+
+    def is_committed(self, shard: Shard) -> bool:
+        """True if somebody has committed the shard by now."""
+        return self.folder.exists(shard.record)
+
+    def write(
+        self,
+        shard: Shard,
+        tokens: NDArray[np.int64],
+        loss_mask: NDArray[np.uint8],
+        selected: list[Selected],
+        facts: dict[str, Any],
+    ) -> ShardRecord:
+        """Write and commit one shard; returns its commit record. tokens, loss_mask [windows, seq_len].
+
+        Where somebody else commits the shard first, nothing of ours remains and theirs is returned. `facts` (teacher,
+        seconds, ...) go into the record. Raises ValueError for targets or labels that contradict each other.
+        """
+        scratch = self.folder.scratch()
+        try:
+            group = f"{shard.number:05d}.{secrets.token_hex(4)}.zarr"
+            attributes, arrays = self._content(shard, tokens, loss_mask, selected)
+            write_group(scratch / group, attributes, arrays)
+            record = self._record(shard, scratch, group, facts)
+            return self._publish(shard, scratch / group, record)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _content(
+        self,
+        shard: Shard,
+        tokens: NDArray[np.int64],
+        loss_mask: NDArray[np.uint8],
+        selected: list[Selected],
+    ) -> tuple[dict[str, dict[str, Any]], Arrays]:
+        """Attributes of the shard's groups, and its arrays [windows, width]."""
+        whole = {"domain": shard.domain, "split": shard.split, "shard": shard.number}
+        attributes: dict[str, dict[str, Any]] = {"": {**whole, "fingerprint": self.spec.fingerprint}}
+        labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
+        arrays: Arrays = {
+            "tokens": tokens.astype(token_dtype(self.spec.vocab_size)),
+            "labels": _labels(shard, labels, selected),
+        }
+        contexts = [
+            Context(labels[row], codes, shard.key(shard.first_window + row))
+            for row, codes in enumerate(arrays["labels"][:, STAMP_WORDS:])
+        ]
+        for slot, temperature in enumerate(self.spec.plan.temperatures):
+            attributes[f"t{slot}"] = {"temperature": temperature}
+            codec, _ = self._codecs.of(shard.domain, slot)
+            _check_sizes(shard, [window.targets[slot] for window in selected])
+            planes = [
+                codec.encode(window.targets[slot], context)
+                for window, context in zip(selected, contexts, strict=True)
+            ]
+            for name, dtype in codec.planes.items():
+                arrays[f"t{slot}/{name}"] = _rectangle([window[name] for window in planes], dtype)
+        return attributes, arrays
+
+    def _record(self, shard: Shard, scratch: Path, group: str, facts: dict[str, Any]) -> ShardRecord:
+        """The shard in `scratch`, read back as a student will read it: what cannot be read is never committed."""
+        folder = LocalFolder(scratch)
+        files = {
+            name.removeprefix(f"{group}/"): FileFacts(
+                bytes=folder.size(name), blake2b=durable.file_digest(scratch / name)
+            )
+            for name in folder.names(f"{group}/")
+        }
+        sizes = {name: file.bytes for name, file in files.items()}
+        slots = [
+            ShardWindows(folder, group, shard, self.spec, self._codecs.of(shard.domain, slot)[0], slot, sizes)
+            for slot in range(len(self.spec.plan.temperatures))
+        ]
+        checks = {name: checks_text(sums) for slot in slots for name, sums in slot.arrays.checks().items()}
+        input_bytes = sum(size for name, size in sizes.items() if name.startswith("tokens/"))
+        return ShardRecord.model_validate(
+            {
+                **facts,
+                **vars(shard),
+                **vars(measure(slots, self.spec)),
+                "schema_version": SCHEMA_VERSION,
+                "fingerprint": self.spec.fingerprint,
+                "ranks_digest": self._codecs.of(shard.domain, 0)[1],
+                "group": group,
+                "files": files,
+                "checks": checks,
+                "target_bytes": sum(sizes.values()) - input_bytes,
+                "input_bytes": input_bytes,
+            }
+        )
+
+    def _publish(self, shard: Shard, built: Path, record: ShardRecord) -> ShardRecord:
+        ours = f"{shard.domain}/{shard.split}/{record.group}"
+        sealed = record.sealed()
+        if len(sealed) > MOST_JSON_BYTES:
+            raise DdkError(f"{shard.name}: its commit record is too large", hint="lower cache.shard_windows")
+        # Listed before the commit: a group that comes later belongs to a loser who removes it himself, or, should
+        # somebody repair the shard meanwhile, to the next winner.
+        leftovers = self._groups(shard)
+        try:
+            self.folder.publish(built, ours)
+        except BaseException:
+            with suppress(Exception):  # half uploaded, and no record names it
+                self.folder.remove(ours)
+            raise
+        try:
+            known = self._commit(shard, record, sealed)
+        except OSError:  # the disk is full, say; not for a store out of reach, which may hold our record yet
+            if not self.folder.exists(shard.record):
+                self.folder.remove(ours)
+            raise
+        for group in leftovers if known.group == record.group else [ours]:
+            self.folder.remove(group)
+        return known
+
+    def _commit(self, shard: Shard, record: ShardRecord, sealed: bytes) -> ShardRecord:
+        """Create the commit record; returns the one that stands there then, ours or that of somebody faster.
+
+        After a lost answer a store retries, finds our own record and says "exists": only reading it tells who won.
+        """
+        for attempt in range(COMMIT_TRIES):
+            try:
+                self.folder.create(shard.record, sealed)
+                return record
+            except FileExistsError:
+                known = read_record(self.folder, shard, self.spec)
+                if known is not None:
+                    return known
+                time.sleep(0.1 * 2**attempt)  # a store may refuse both of two that come at the same moment
+        raise DdkError(f"{self.folder.name}/{shard.record}: cannot be created", hint=repair(self.folder))
+
+    def _groups(self, shard: Shard) -> list[str]:
+        """Groups of this shard that are there, committed or not."""
+        names = self.folder.names(f"{shard.name}.")
+        groups = {"/".join(name.split("/")[:3]) for name in names}
+        return sorted(group for group in groups if GROUP.fullmatch(group.rpartition("/")[2]))
+
+
+def check_shards(folder: Folder, spec: CacheSpec) -> None:
+    """Raises DdkError for more shards than a cache may have."""
+    if count_shards(spec) > MOST_SHARDS:
+        raise DdkError(
+            f"{folder.name}: {count_shards(spec):,} shards, at most {MOST_SHARDS:,} can be",
+            hint="raise cache.shard_windows",
+        )
+
+
+def planned(folder: Folder, spec: CacheSpec) -> CacheSpec:
+    """What a CacheWriter's spec would be, writing nothing; raises DdkError for what it would refuse."""
+    check_shards(folder, spec)
+    return _merged(folder, read_spec(folder), spec) if folder.exists("cache.json") else spec
+
+
+def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:
+    """Raises DdkError for a window that no reader would accept."""
+    for window in targets:
+        entries, padded = int((window.ids >= 0).sum()), window.positions * (window.ids.shape[1] + 1)
+        if entries > MOST_ENTRIES or padded > MOST_PADDED:
+            raise DdkError(
+                f"{shard.name}: a window of {entries:,} entries, {padded:,} when padded; at most"
+                f" {MOST_ENTRIES:,} and {MOST_PADDED:,} can be",
+                hint="lower seq_len, cache.k or cache.cap, or raise cache.tau",
+            )
+
+
+def _labels(shard: Shard, labels: NDArray[np.int64], selected: list[Selected]) -> NDArray[np.uint16]:
+    """Window number, then the code of each label's log-probability: u16 [windows, 4 + seq_len]."""
+    numbers = np.arange(shard.first_window, shard.first_window + shard.windows, dtype="<u8")
+    stamps = numbers.view("<u2").reshape(-1, STAMP_WORDS)
+    logprobs = np.stack([window.label_logprobs.cpu().numpy() for window in selected])
+    if not np.array_equal(np.isnan(logprobs), labels == NO_LABEL):
+        raise ValueError(f"{shard.name}: the teacher's log-probabilities are not those of the labels")
+    return np.concatenate([stamps, encode_log(np.maximum(logprobs, LEAST_LOGPROB))], axis=1)
+
+
+def _rectangle(rows: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Ragged rows side by side, filled up with zeros (which compress to nothing); at least one column."""
+    width = max(1, *(len(row) for row in rows))
+    out = np.zeros((len(rows), width), dtype)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def _merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
+    """The known cache with the wanted domains; raises DdkError where the two disagree."""
+    ours, theirs = known.identity(), wanted.identity()
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise DdkError(
+                f"{folder.name}: made with another {name} ({_difference(ours[name], value)})",
+                hint="set cache.path to a new folder, or restore the old setting",
+            )
+    domains = {name: dict(splits) for name, splits in known.domains.items()}
+    for name, splits in wanted.domains.items():
+        for split, size in splits.items():
+            if domains.setdefault(name, {}).setdefault(split, size) != size:
+                raise DdkError(
+                    f"{folder.name}: {name}/{split} was cached from other tokens or in other shards",
+                    hint="set cache.path to a new folder, or restore the text",
+                )
+    return replace(known, domains=domains)
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        return ", ".join(f"{name} {ours.get(name)} there, {theirs.get(name)} here" for name in changed)
+    return f"{ours} there, {theirs} here"

@@ -1,0 +1,8 @@
+"""The command line: `app` is its commands, `main` the entry point of the console script.
+
+Everything heavy is imported inside a command, so that `ddk-pipe --help` brings no torch.
+"""
+
+from ddk_pipe.stages.cli.app import app, main
+
+__all__ = ["app", "main"]

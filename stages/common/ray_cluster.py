@@ -1,0 +1,30 @@
+"""The one door to Ray: a cluster named by RAY_ADDRESS, or one started on this machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ddk_pipe.stages.common.progress import say
+
+STORE_BYTES = (
+    200 << 20
+)  # of a Ray started here: shards and students go to the disk, never through Ray's object store
+
+
+def connect(stage: str) -> Any:
+    """Ray, connected to the cluster of RAY_ADDRESS or started here; `stage` opens the lines that say where."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": STORE_BYTES}
+        context = ray.init(
+            logging_level="error",
+            runtime_env={"env_vars": {"PYTHONSAFEPATH": "1"}},  # or vLLM takes our triton_kernels for its own
+            **local,
+        )
+        dashboard = context.dashboard_url or "none"
+        say(f"{stage}: Ray at {context.address_info['gcs_address']}, dashboard {dashboard},")
+        say(f"{stage}: its logs under {context.address_info['session_dir']}/logs on each node")
+    return ray

@@ -1,0 +1,127 @@
+"""A run's folder as others read it: what was asked, how far it came, where its cache is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest.fields import Manifest
+from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.pipeline.storage.folders import Folder, is_url, open_folder
+
+EVALUATION = "evaluation.json"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. `summary` is run.json, none while it is unfinished; `evaluation` what `ddk-pipe evaluate` found."""
+
+    folder: Path
+    steps: Rows
+    validation: Rows
+    summary: dict[str, Any] | None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    group: str = ""  # of a sweep
+    seed: int | None = None
+    command: str | None = None
+    error: str | None = None
+    stopped_early: bool = False  # by the sweep's rule
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def finished(self) -> bool:
+        return self.summary is not None
+
+    @property
+    def step(self) -> int:
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(row["domain"] for row in self.validation))
+
+    @property
+    def last(self) -> Rows:
+        """The last validation: one row per domain."""
+        return [row for row in self.validation if row["step"] == self.validation[-1]["step"]]
+
+    @property
+    def gap_nats(self) -> float | None:
+        """Mean over the domains at the last validation."""
+        return sum(row["gap"] for row in self.last) / len(self.last) if self.validation else None
+
+    def gap_at(self, step: int) -> float:
+        """Mean over the domains at a validation; NaN if there was none at that step."""
+        gaps = [row["gap"] for row in self.validation if row["step"] == step]
+        return sum(gaps) / len(gaps) if gaps else math.nan
+
+    @property
+    def output(self) -> Path:
+        """<output> of the manifest: runs are in <output>/distill/<name>."""
+        return self.folder.absolute().parent.parent
+
+    def cache(self) -> Folder:
+        """The cache it was trained from; raises DdkError if the record does not say where it is."""
+        named = (self.summary or {}).get("manifest", {}).get("cache", {}).get("path")
+        if named is None:
+            return open_folder(self.output / "cache")
+        if is_url(named):
+            return open_folder(named)
+        path = Path(named).expanduser()
+        if path.is_absolute():
+            return open_folder(path)
+        output = Path((self.summary or {})["manifest"]["output"]).expanduser()
+        if output.is_absolute():
+            raise DdkError(
+                f"{self.folder}: its cache {named} is relative to a manifest that is not known here",
+                hint="name it with --cache",
+            )
+        root = self.output
+        for part in output.parts:
+            root = root.parent if part not in (".", "") else root
+        return open_folder(root / path)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """As it was when the run finished; None for an unfinished run, or one of another version."""
+        try:
+            return Manifest.model_validate((self.summary or {})["manifest"])
+        except (KeyError, ValueError):
+            return None
+
+
+def is_run(folder: Path) -> bool:
+    """True for the folder of a run, also of one that has only begun."""
+    return (folder / "steps.jsonl").is_file() or (folder / "run.json").is_file()
+
+
+def load_run(folder: Path, **known: Any) -> RunRecord:
+    """Read the record; raises DdkError if `folder` holds no run or a damaged one."""
+    if not is_run(folder):
+        raise DdkError(f"{folder}: no run", hint="name a folder that `ddk-pipe distill` wrote")
+    summary = _json(folder / "run.json")
+    return RunRecord(
+        folder=folder,
+        steps=read_rows(folder, "steps"),
+        validation=read_rows(folder, "validation"),
+        summary=summary,
+        evaluation=_json(folder / EVALUATION) or {},
+        **{"command": (summary or {}).get("command"), **known},
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise DdkError(f"{path}: damaged", hint="remove it and make it again") from None

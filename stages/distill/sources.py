@@ -1,0 +1,197 @@
+"""Where windows and targets come from: the cache, or a teacher in memory (`distill.targets: online`, a baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddk_pipe.pipeline.cache.reader import CachedWindow, CacheReader
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.losses.dense import DenseTargets
+from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config
+from ddk_pipe.pipeline.storage.folders import is_url
+from ddk_pipe.pipeline.targets.selection import Plan
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets, stack
+from ddk_pipe.pipeline.text.tokens import (
+    TRAIN,
+    VALIDATION,
+    Split,
+    labels_of,
+    open_split,
+    tokenizer_digest,
+    tokenizer_size,
+)
+from ddk_pipe.stages.distill.checks import check_tail
+
+NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
+ONLINE_VALIDATION_K = 128  # the teacher's tokens kept for validation; the rest is one bucket
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows on the device: tokens, labels int64 [windows, seq_len], targets of all their positions."""
+
+    tokens: Tensor
+    labels: Tensor
+    targets: SparseTargets | DenseTargets
+
+
+class Source(Protocol):
+    """What training reads."""
+
+    sizes: list[int]  # training windows of each domain
+    vocab_size: int  # token ids that occur
+    tokenizer_digest: str
+    fingerprint: str
+    readers: int  # threads worth reading with
+    exact: bool  # targets are the whole distribution or have a bucket: CE less entropy is a KL
+
+    def read(self, domain: int, window: int) -> CachedWindow:
+        """A training window of the domain of that number; called from several threads."""
+        ...
+
+    def validation(self, domain: int, most: int) -> list[CachedWindow]:
+        """At most so many validation windows, with sparse targets and the teacher's label log-probabilities."""
+        ...
+
+    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+        """Training windows with their targets on the device."""
+        ...
+
+
+def sparse_batch(windows: list[CachedWindow], device: torch.device) -> Batch:
+    """Windows as they are, on the device."""
+    return Batch(
+        torch.from_numpy(np.stack([window.tokens for window in windows])).to(device),
+        torch.from_numpy(np.stack([window.labels for window in windows])).to(device),
+        stack([window.targets for window in windows]).to(device),
+    )
+
+
+class CacheSource:
+    """Windows of the cache; no teacher. Raises DdkError for a cache that does not fit the manifest."""
+
+    def __init__(self, project: Project) -> None:
+        options, self.domains = project.manifest.distill, list(project.manifest.domains)
+        self.reader = CacheReader(project.cache, options.temperature)
+        spec = self.reader.spec
+        check_tail(options, spec.plan.scheme, has_tail=spec.plan.has_tail)
+        self.renormalise = options.tail == "renormalise"
+        if spec.seq_len != project.manifest.seq_len:
+            raise DdkError(
+                f"seq_len {project.manifest.seq_len}, the cache at {project.cache} has {spec.seq_len}",
+                hint="use the cache's seq_len, or set cache.path to a new folder",
+            )
+        self.reader.require_complete(self.domains)
+        self.sizes = [self.reader.size(domain, TRAIN).windows for domain in self.domains]
+        self.vocab_size, self.tokenizer_digest = spec.vocab_size, spec.tokenizer_digest
+        self.fingerprint, self.exact = spec.fingerprint, spec.plan.has_tail
+        self.readers = FAR_READERS if is_url(self.reader.folder.name) else NEAR_READERS
+
+    def read(self, domain: int, window: int) -> CachedWindow:
+        return self.reader.read(self.domains[domain], TRAIN, window)
+
+    def validation(self, domain: int, most: int) -> list[CachedWindow]:
+        name = self.domains[domain]
+        wanted = range(min(self.reader.size(name, VALIDATION).windows, most))
+        return [self.reader.read(name, VALIDATION, window) for window in wanted]
+
+    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+        if self.renormalise:
+            windows = [replace(window, targets=window.targets.renormalised()) for window in windows]
+        return sparse_batch(windows, device)
+
+
+class OnlineSource:
+    """Windows of tokens/ and the teacher's whole distribution, predicted in the step. Prepares the text first.
+
+    Its validation windows have the teacher's ONLINE_VALIDATION_K largest probabilities and a bucket, predicted once.
+    """
+
+    def __init__(self, project: Project, device: torch.device, *, lead: bool, wait: Any) -> None:
+        from ddk_pipe.stages.prepare.stage import prepare
+        from ddk_pipe.stages.teachers.hf import HfTeacher
+
+        manifest = project.manifest
+        folder = model_folder(
+            project.teacher_model, field="teacher.model", revision=manifest.teacher.revision
+        )
+        trust = manifest.teacher.trust_remote_code
+        config = read_config(folder, field="teacher.model", trust_remote_code=trust)
+        check_length(config, manifest.seq_len, field="teacher.model")
+        if lead:
+            prepare(project)
+        wait()
+        tokenizer = load_tokenizer(project.tokenizer, field="tokenizer", trust_remote_code=trust)
+        named = manifest.teacher.device
+        where = named if named in ("balanced", "sequential") else str(device)
+        self.teacher = HfTeacher(
+            folder,
+            manifest.teacher.model_copy(update={"device": where}),
+            vocab_size=tokenizer_size(tokenizer),
+        )
+        self.domains = list(manifest.domains)
+        self.splits = {
+            (name, split): open_split(project.tokens / name / split) for name, split in self._names()
+        }
+        self.sizes = [self.splits[name, TRAIN].facts.windows for name in self.domains]
+        self.vocab_size, self.tokenizer_digest = tokenizer_size(tokenizer), tokenizer_digest(tokenizer)
+        self.temperature = manifest.distill.temperature
+        self.fingerprint, self.readers, self.exact = "online", NEAR_READERS, True
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        for name in self.domains:
+            yield name, TRAIN
+            yield name, VALIDATION
+
+    def read(self, domain: int, window: int) -> CachedWindow:
+        return _bare(self.splits[self.domains[domain], TRAIN], window)
+
+    def validation(self, domain: int, most: int) -> list[CachedWindow]:
+        from ddk_pipe.stages.teachers import Window
+
+        name = self.domains[domain]
+        split = self.splits[name, VALIDATION]
+        bare = [_bare(split, window) for window in range(min(split.facts.windows, most))]
+        plan = Plan("topk", 0.5, min(ONLINE_VALIDATION_K, self.vocab_size), 1, 1, (self.temperature,), 0)
+        keyed = [
+            Window(f"{name}/{VALIDATION}/{index}", window.tokens, window.labels)
+            for index, window in enumerate(bare)
+        ]
+        chosen = self.teacher.select(keyed, plan)
+        return [
+            CachedWindow(window.tokens, window.labels, selected.label_logprobs.numpy(), selected.targets[0])
+            for window, selected in zip(bare, chosen, strict=True)
+        ]
+
+    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+        head = self.teacher.head
+        bare = sparse_batch(windows, device)
+        with torch.no_grad():
+            states = head.states(bare.tokens.to(self.teacher.model.get_input_embeddings().weight.device))
+        rows = states.flatten(0, 1).to(device)
+        return Batch(bare.tokens, bare.labels, DenseTargets(rows, head.logits, head.vocab_size))
+
+
+def _bare(split: Split, index: int) -> CachedWindow:
+    tokens, mask = split.window(index)
+    labels = labels_of(tokens, mask, no_label=NO_LABEL)
+    positions = len(tokens)
+    nothing = SparseTargets(
+        ids=torch.empty(positions, 0, dtype=torch.int32),
+        logprobs=torch.empty(positions, 0),
+        tail=torch.full((positions,), float("-inf")),
+    )
+    return CachedWindow(tokens, labels, np.full(positions, np.nan, np.float32), nothing)
+
+
+def teacher_ce(windows: list[CachedWindow]) -> float:
+    """The teacher's CE on these windows, nats per token: the mean of the cached label log-probabilities."""
+    labelled = np.concatenate([window.label_logprobs[window.labels != NO_LABEL] for window in windows])
+    return float(-labelled.astype(np.float64).mean())

@@ -1,0 +1,141 @@
+"""`ddk-pipe export`: a run's student as a model folder to give away, with a model card filled from the record."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ddk_pipe
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import be_quiet, load_tokenizer
+from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.stages.common.progress import say
+from ddk_pipe.stages.common.record import RunRecord, load_run
+from ddk_pipe.stages.export.card import CardOptions, card
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the export goes, and in which number type."""
+
+    folder: Path
+    dtype: str = "float32"
+    push: str | None = None  # "user/name" on the hub
+    public: bool = False
+
+    def check(self) -> None:
+        """Raises DdkError for what cannot be; nothing is read before."""
+        if self.dtype not in DTYPES:
+            raise DdkError(f"--dtype {self.dtype}: unknown", hint=f"use one of {', '.join(DTYPES)}")
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+            raise DdkError(f"{self.folder}: exists already", hint="name a new folder with --to")
+
+
+def export(place: Path, target: Target, options: CardOptions) -> Path:
+    """Write the model folder: weights (safetensors), tokenizer, generation config, README.md.
+
+    Raises DdkError for a run that is not finished, a folder that exists, and, before anything is written, for a push
+    without a licence or a login.
+    """
+    target.check()
+    run = load_run(place)
+    student = place / "student"
+    if not run.finished or not student.is_dir():
+        raise DdkError(
+            f"{place}: not finished, so there is no student", hint="run `ddk-pipe distill` to its end"
+        )
+    api = _logged_in(target, options) if target.push else None
+    durable.make_folder(target.folder.absolute().parent)
+    partial = durable.partial_name(target.folder.absolute())
+    try:
+        _write(run, student, partial, target, options)
+        if target.folder.is_dir():
+            target.folder.rmdir()  # empty
+        durable.publish_folder(partial, target.folder.absolute())
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"export: {target.folder}")
+    if api is not None:
+        _push(api, target)
+    return target.folder
+
+
+def _write(run: RunRecord, student: Path, folder: Path, target: Target, options: CardOptions) -> None:
+    be_quiet()
+    tokenizer = load_tokenizer(str(student), field="the student")
+    if target.dtype == "float32":
+        shutil.copytree(student, folder)
+    else:
+        _save_as(student, folder, target.dtype)
+        tokenizer.save_pretrained(folder)
+    _generation_config(student, tokenizer).save_pretrained(folder)
+    (folder / "README.md").write_text(card(run, options, target.dtype), encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def _save_as(student: Path, folder: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype), use_safetensors=True)
+    model.save_pretrained(folder)
+
+
+def _generation_config(student: Path, tokenizer: Any) -> Any:
+    """The student's own, and the tokenizer's ids where it names none: generation must know where to end."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(student)
+    except OSError:
+        config = GenerationConfig.from_model_config(_config(student))
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    return config
+
+
+def _config(student: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(student)
+
+
+def _logged_in(target: Target, options: CardOptions) -> Any:
+    """The hub's interface, of a user who may write there."""
+    from huggingface_hub import HfApi
+
+    if options.licence is None:
+        raise DdkError("--push without --license", hint="say under which licence others may use the student")
+    api = HfApi(library_name="ddk-pipe", library_version=ddk_pipe.__version__)
+    try:
+        api.whoami()
+    except Exception as problem:  # noqa: BLE001 - no token, a wrong one, no network: the library has many kinds
+        reason = " ".join(str(problem).split())[:200]
+        raise DdkError(
+            f"--push {target.push}: not logged in ({reason})", hint="run `hf auth login`"
+        ) from None
+    return api
+
+
+def _push(api: Any, target: Target) -> None:
+    try:
+        api.create_repo(target.push, private=not target.public, exist_ok=True)
+        address = api.upload_folder(
+            repo_id=target.push, folder_path=target.folder, commit_message="ddk-pipe export"
+        )
+    except Exception as problem:  # noqa: BLE001 - the same
+        reason = " ".join(str(problem).split())[:200]
+        raise DdkError(
+            f"--push {target.push}: the hub refused it ({reason})",
+            hint=f"mend that and upload {target.folder} with `hf upload`",
+        ) from None
+    say(f"export: {address}")

@@ -1,0 +1,280 @@
+"""The teacher through vLLM: the one module that imports it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import fields as manifest
+from ddk_pipe.pipeline.models import read_config, text_config
+from ddk_pipe.pipeline.targets.selection import Plan, Selected
+from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
+from ddk_pipe.stages.common.machine import pick_device, pick_dtype
+from ddk_pipe.stages.teachers.protocol import Window
+from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
+from ddk_pipe.stages.teachers.vllm.worker import unpack
+
+OLDEST = (0, 24)  # both runners have had the same two methods since (facts of their sources, up to 0.33)
+RUNNERS = {
+    "v1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "v2": ("vllm.v1.worker.gpu.sample.prompt_logprob", "PromptLogprobsWorker"),
+}
+EXTENSION = "ddk_pipe.stages.teachers.vllm.worker.SelectionExtension"
+
+
+class VllmTeacher:
+    """Runs windows as prompts of vLLM's engine and collects what its workers select.
+
+    On a CPU the engine lives in this process (V1 runner); on GPUs in processes of its own.
+    """
+
+    def __init__(
+        self, folder: Path, options: manifest.Teacher, *, seq_len: int, vocab_size: int | None = None
+    ) -> None:
+        device = torch.device(pick_device(options.device))
+        set_environment(device, options)
+        vllm = import_vllm()
+        config = text_config(
+            read_config(folder, field="teacher.model", trust_remote_code=options.trust_remote_code)
+        )
+        head_size = int(config.vocab_size)  # vLLM cuts its own padding to this, not to the tokenizer's ids
+        self._vocab_size = min(vocab_size or head_size, head_size)
+        check_head(options, head_size, self._vocab_size)
+        self.folder = folder
+        self.options, self.device, self.version = options, device, vllm.__version__
+        self.runner = ""
+        self._plan: Plan | None = None
+        self._sent = 0  # vLLM numbers its requests from 0 on
+        try:
+            self.engine = vllm.LLM(
+                model=str(folder),
+                dtype=str(pick_dtype(options.dtype, device)).removeprefix("torch."),
+                max_model_len=seq_len + 1,  # room for the one token that is always generated
+                max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len + 1),
+                max_num_seqs=options.batch_windows,
+                max_logprobs=-1,
+                enforce_eager=device.type == "cpu",
+                enable_prefix_caching=False,  # a cached prefix has no logits: its positions would be garbage
+                skip_tokenizer_init=True,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=0,
+                trust_remote_code=options.trust_remote_code,
+                tensor_parallel_size=options.vllm.tensor_parallel_size,
+                gpu_memory_utilization=options.vllm.gpu_memory_utilization,
+                worker_extension_cls=EXTENSION,
+            )
+        except ValueError as problem:  # what vLLM says of settings, before it loads a weight
+            raise DdkError(
+                f"teacher.model: vLLM {self.version} does not take {folder} ({_reason(problem)})",
+                hint="try another teacher.dtype, or backend: hf",
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": "vllm",
+            "vllm": self.version,
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "capture": self.options.vllm.capture,
+            "runner": self.runner,
+        }
+
+    def close(self) -> None:
+        del self.engine
+
+    def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
+        if self.options.vllm.capture == "prompt_logprobs":
+            return self._from_prompt_logprobs(windows, plan)
+        self._install(plan)
+        requests = [str(self._sent + index) for index in range(len(windows))]
+        announced = [
+            (request, window.key, window.labels.astype(np.int64).tobytes())
+            for request, window in zip(requests, windows, strict=True)
+        ]
+        self.engine.collective_rpc("ddk_expect", args=(announced,))
+        self._generate(windows, prompt_logprobs=0)
+        answers = self.engine.collective_rpc("ddk_take")
+        failed = {request: why for answer in answers for request, why in answer["failed"].items()}
+        done: dict[str, Any] = next((answer["done"] for answer in answers if answer["done"]), {})
+        for request, window in zip(requests, windows, strict=True):
+            if request not in done:
+                why = failed.get(request, "vLLM returned nothing for it")
+                raise DdkError(
+                    f"window {window.key}: {why} (model {self.folder})",
+                    hint="try teacher.dtype: float32 or backend: hf",
+                )
+        return [unpack(done[request]) for request in requests]
+
+    def _install(self, plan: Plan) -> None:
+        if self._plan == plan:
+            return
+        for answer in self.engine.collective_rpc("ddk_install", args=(plan.to_dict(), self._vocab_size)):
+            if answer.startswith("refused"):
+                raise DdkError(
+                    f"vLLM {self.version}: the worker hook does not fit ({answer})",
+                    hint="use backend: hf, or vllm.capture: prompt_logprobs (topk and threshold only)",
+                )
+            self.runner = answer
+        self._plan = plan
+
+    def _generate(self, windows: list[Window], **options: Any) -> list[Any]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=window.tokens.tolist()) for window in windows]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **options)
+        self._sent += len(prompts)
+        return list(self.engine.generate(prompts, sampling, use_tqdm=False))
+
+    def _from_prompt_logprobs(self, windows: list[Window], plan: Plan) -> list[Selected]:
+        check_capture(self.options, plan)
+        k = plan.k if plan.scheme == "topk" else plan.cap
+        outputs = self._generate(windows, prompt_logprobs=k, flat_logprobs=True)
+        floor = plan.tau if plan.scheme == "threshold" else 0.0
+        return [
+            _from_flat(output.prompt_logprobs, window, k, floor)
+            for output, window in zip(outputs, windows, strict=True)
+        ]
+
+
+def _from_flat(flat: Any, window: Window, k: int, floor: float) -> Selected:
+    """vLLM's FlatLogprobs: k + 1 entries a position (the true token, then the k largest); position 0 has none.
+
+    Entry t scores token t given tokens before it, which is our position t - 1; the last position has none.
+    """
+    rows = len(window.labels) - 1
+    ids = torch.tensor(np.asarray(flat.token_ids, np.int64).reshape(rows, k + 1))
+    logprobs = torch.tensor(np.asarray(flat.logprobs, np.float32).reshape(rows, k + 1))
+    labels = torch.from_numpy(window.labels)
+    live = labels[:rows] >= 0
+    label = torch.full((rows + 1,), float("nan"))
+    label[:rows] = torch.where(live, logprobs[:, 0], float("nan"))
+    kept = live[:, None] & (logprobs[:, 1:].exp() >= floor)
+    out_ids = torch.full((rows + 1, k), PADDING_ID, dtype=torch.int64)
+    out_ids[:rows] = torch.where(kept, ids[:, 1:], PADDING_ID)
+    weights = torch.full((rows + 1, k), float("-inf"))
+    weights[:rows] = torch.where(kept, logprobs[:, 1:], float("-inf"))
+    order = torch.where(out_ids >= 0, out_ids, torch.iinfo(torch.int64).max).argsort(1)
+    mass = weights.double().exp().sum(1)
+    # 1 - sum is all that this interface leaves: near 1 the float32 log-probabilities limit the tail to about 1e-6
+    tail = torch.where(mass > 0, torch.log1p(-mass.clamp_max(1 - 1e-7)), float("-inf"))
+    return Selected(
+        label,
+        (
+            SparseTargets(
+                ids=out_ids.gather(1, order).int(), logprobs=weights.gather(1, order), tail=tail.float()
+            ),
+        ),
+    )
+
+
+def import_vllm() -> Any:
+    """The package, with nothing of ours under a name that it looks for."""
+    keep_our_name_from_vllm()
+    with warnings.catch_warnings():  # deprecations inside vLLM's own imports
+        warnings.simplefilter("ignore")
+        import vllm
+
+    return vllm
+
+
+def check_engine() -> None:
+    """Before anything is loaded: raises DdkError if this vLLM is too old, or has no model runner our hook fits.
+
+    Which runner it will use is known only once the engine is up: the hook looks again when it is installed.
+    """
+    version = import_vllm().__version__
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
+        raise DdkError(
+            f"vLLM {version} is too old, at least {'.'.join(map(str, OLDEST))} is needed",
+            hint="pip install --upgrade 'ddk-pipe[vllm]', or set teacher.backend: hf",
+        )
+    found = {name: vllm_worker.arguments_of(_class(*where)) for name, where in RUNNERS.items()}
+    if all(found[name] != known for name, known in vllm_worker.known_arguments().items()):
+        raise DdkError(
+            f"vLLM {version}: the worker hook does not fit ({found})",
+            hint="use backend: hf, or vllm.capture: prompt_logprobs (topk and threshold only)",
+        )
+
+
+def _reason(problem: ValueError) -> str:
+    """In one line; pydantic wraps its own words around vLLM's."""
+    said = problem.errors()[0]["msg"] if isinstance(problem, ValidationError) else str(problem)
+    return " ".join(said.removeprefix("Value error, ").split())
+
+
+def _class(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:  # of what only another platform has
+        return None
+
+
+def check_capture(options: manifest.Teacher, plan: Plan) -> None:
+    """Raises DdkError where prompt_logprobs cannot give what the plan asks for."""
+    if options.vllm.capture != "prompt_logprobs":
+        return
+    if not plan.has_tail:
+        raise DdkError(
+            f"cache.scheme: {plan.scheme} needs the whole distribution, which vLLM's prompt_logprobs does not give",
+            hint="set teacher.vllm.capture: worker, or scheme: topk or threshold",
+        )
+    if plan.temperatures != (1.0,):
+        raise DdkError(
+            "cache.temperatures: vLLM's prompt_logprobs gives T = 1 only",
+            hint="set teacher.vllm.capture: worker, or temperatures: [1.0]",
+        )
+
+
+def check_head(options: manifest.Teacher, head_size: int, vocab_size: int) -> None:
+    """Raises DdkError where prompt_logprobs would give the padding of the output layer a share of the mass."""
+    if options.vllm.capture == "prompt_logprobs" and vocab_size < head_size:
+        raise DdkError(
+            f"teacher.vllm.capture: the teacher predicts {head_size:,} tokens, the tokenizer has {vocab_size:,}, and"
+            " vLLM's prompt_logprobs cannot be cut to them",
+            hint="set teacher.vllm.capture: worker",
+        )
+
+
+def set_environment(device: torch.device, options: manifest.Teacher) -> None:
+    """vLLM reads these when it is imported; what the user has set wins."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}
+    if device.type == "cpu":
+        defaults |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": str(options.vllm.cpu_kvcache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def keep_our_name_from_vllm() -> None:
+    """Call right before `import vllm`, in the process that imports it.
+
+    vLLM prefers any importable top-level `triton_kernels` to its own copy, and a folder of ours has that name.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"  # children started by `python -m` or `python -c`
+    ours = Path("triton_kernels", "sparse_kl.py")  # a file only our folder has
+    sys.path[:] = [entry for entry in sys.path if not Path(entry, ours).exists()]
+    spec = importlib.util.find_spec("triton_kernels")  # still there: already imported
+    if spec and spec.origin and Path(spec.origin).with_name(ours.name).exists():
+        raise DdkError(
+            f"{spec.origin} is loaded under the name of a package that vLLM imports",
+            hint="import ddk_pipe.triton_kernels, never triton_kernels",
+        )

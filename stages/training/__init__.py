@@ -1,1 +1,0 @@
-"""Parts of `ddk-pipe distill`, one job each; `ddk_pipe.stages.distill` is the program."""

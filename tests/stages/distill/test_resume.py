@@ -1,0 +1,264 @@
+"""Killed and started again: the same bits on one process and on two, the same data order on another number."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import distill_command, finish, kill_when, start_ranks
+from runs import assert_same_bits, order_of, rows_of, weights_of
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest.project import load_project
+from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.stages.distill.checkpoints import _Unpickler
+from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill.step import Stepper
+
+STEPS, INTERVAL, CHECKPOINT = 14, 5, 2
+SETS = (
+    f"distill.steps={STEPS}",
+    f"distill.interval_steps={INTERVAL}",
+    f"distill.checkpoint_steps={CHECKPOINT}",
+    "distill.batch_tokens=256",
+)
+
+
+def run_folder(manifest: Path, name: str) -> Path:
+    return manifest.parent / "out" / "distill" / name
+
+
+def whole_run(manifest: Path, *sets: str) -> Path:
+    """An undisturbed run in this process."""
+    distill(load_project(manifest, [*SETS, *sets, "distill.name=whole"]))
+    return run_folder(manifest, "whole")
+
+
+def steps_done(run: Path) -> int:
+    return max([row["step"] for row in read_rows(run, "steps")], default=0)
+
+
+def kill_after(manifest: Path, name: str, step: int, ranks: int | None, *sets: str) -> None:
+    """Start (or continue) a run and kill it as soon as the record shows that step."""
+    run = run_folder(manifest, name)
+    processes = start_ranks(distill_command(manifest, *SETS, *sets, f"distill.name={name}"), ranks)
+    folder, due = run / "checkpoints", step > CHECKPOINT  # ranks write theirs in the background
+    kill_when(processes, lambda: steps_done(run) >= step and (not due or any(folder.glob("step-*"))))
+    assert not (run / "run.json").exists(), "it was faster than the kill"
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_steps_leaves_no_trace(cached: Path) -> None:
+    whole = whole_run(cached)
+    random_steps = sorted(random.sample(range(1, STEPS - 6), 2))
+    print("killed after", random_steps)  # shown if it fails
+    for step in random_steps:
+        kill_after(cached, "cut", step, None)
+    distill(load_project(cached, [*SETS, "distill.name=cut"]))
+    assert [row["step"] for row in rows_of(whole, "steps")] == list(range(1, STEPS + 1))
+    assert_same_bits(whole, run_folder(cached, "cut"))
+    assert not list(run_folder(cached, "cut").glob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_to_the_same_bits_and_other_numbers_in_the_same_order(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = "distill.parallel=fsdp"
+    alone = whole_run(cached)
+    finish(start_ranks(distill_command(cached, *SETS, sharded, "distill.name=pair"), 2))
+    pair = run_folder(cached, "pair")
+    cut = run_folder(cached, "cut")
+    # first from a checkpoint made right after a validation (FSDP2's root is whole then), next from one in between
+    kill_after(cached, "cut", INTERVAL + 1, 2, sharded, "distill.checkpoint_steps=null")
+    assert checkpoints_of(cut) == [INTERVAL]
+    kill_after(cached, "cut", INTERVAL + random.randrange(2, 4), 2, sharded)
+    assert checkpoints_of(cut)
+    shutil.copytree(cut, run_folder(cached, "shrunk"))
+    finish(start_ranks(distill_command(cached, *SETS, sharded, "distill.name=cut"), 2))
+    assert_same_bits(pair, cut)
+    # two processes' checkpoint, continued by one
+    distill(load_project(cached, [*SETS, "distill.name=shrunk"]))
+    # and one process's, continued by two
+    stop_at(monkeypatch, CHECKPOINT + 2)
+    with pytest.raises(KeyboardInterrupt):
+        distill(load_project(cached, [*SETS, "distill.name=grown"]))
+    monkeypatch.undo()
+    finish(start_ranks(distill_command(cached, *SETS, "distill.name=grown"), 2))
+    for name in ("shrunk", "grown", "pair"):
+        run = run_folder(cached, name)
+        assert order_of(run) == order_of(alone)
+        for mine, theirs in zip(rows_of(run, "steps"), rows_of(alone, "steps"), strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        for weight, value in weights_of(run).items():
+            torch.testing.assert_close(value, weights_of(alone)[weight], rtol=1e-3, atol=1e-4)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of that step, once."""
+    real = Run._step
+    sent: list[int] = []
+
+    def signalled(self: Run, position: Any, data: Any) -> Any:
+        if position.step == step - 1 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(self, position, data)
+
+    monkeypatch.setattr(Run, "_step", signalled)
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    return sorted(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_keep_last_and_keep_best(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = ["distill.steps=12", "distill.checkpoint_steps=1", "distill.keep_last=2", "distill.keep_best=true"]
+    gaps = iter([1.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
+    real = Run._end_of_interval
+
+    def with_gap(self: Run, position: Any, record: Any) -> None:
+        """The student gets worse after the second interval: which is best must not depend on luck."""
+        teacher_ce, gap = self.teacher_ce, next(gaps)
+        outcome = self.validation.run()
+        self.teacher_ce = outcome.student_ce - gap
+        real(self, position, record)
+        self.teacher_ce = teacher_ce
+
+    monkeypatch.setattr(Run, "_end_of_interval", with_gap)
+    stop_at(monkeypatch, 7)
+    project = load_project(cached, sets)
+    with pytest.raises(KeyboardInterrupt):
+        distill(project)
+    assert checkpoints_of(project.run) == [2, 6, 7]  # the best, and the last two
+    summary = distill(project)
+    assert summary["best_step"] == 2
+    assert (project.run / "best" / "model.safetensors").exists()
+    assert not (project.run / "checkpoints").exists()
+
+
+def test_sigterm_saves_and_says_143(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddk_pipe.stages.common.stopping import Terminated
+
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+    monkeypatch.setattr("ddk_pipe.stages.common.stopping._leave_after", lambda *_: None)
+    project = load_project(cached)
+    with pytest.raises(Terminated):
+        distill(project)
+    assert checkpoints_of(project.run) == [3]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        distill(load_project(cached))
+    with pytest.raises(DdkError, match=r"holds a run with other settings; set another distill\.name"):
+        distill(load_project(cached, ["distill.gamma=0.5"]))
+    free = ["distill.keep_last=3", "distill.checkpoint_steps=2", "distill.activation_checkpointing=true"]
+    assert distill(load_project(cached, free))["steps"] == 6  # these may change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["metadata", "tensors", "position"])
+def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 3)
+    project = load_project(cached)
+    with pytest.raises(KeyboardInterrupt):
+        distill(project)
+    folder = project.run / "checkpoints" / "step-00000003"
+    victim = {
+        "metadata": folder / ".metadata",
+        "tensors": next(folder.glob("*.distcp")),
+        "position": folder / "position.json",
+    }[how]
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    with pytest.raises(DdkError, match=r"step-00000003: the checkpoint cannot be read.*delete that folder"):
+        distill(project)
+    shutil.rmtree(folder)
+    assert distill(project)["steps"] == 6
+
+
+def test_a_checkpoint_runs_no_code(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    stop_at(monkeypatch, 3)
+    project = load_project(cached)
+    with pytest.raises(KeyboardInterrupt):
+        distill(project)
+
+    class Evil:
+        def __init__(self, *call: Any) -> None:
+            self.call = call
+
+        def __reduce__(self) -> Any:
+            return self.call[0], self.call[1:]
+
+        def __call__(self) -> None:
+            """So that pickle takes one as a function."""
+
+    direct = Evil(Path.touch, tmp_path / "owned")
+    through_getattr = Evil(Evil(getattr, Path, "touch"), tmp_path / "owned")
+    for evil in (direct, through_getattr):
+        (project.run / "checkpoints" / "step-00000003" / ".metadata").write_bytes(pickle.dumps(evil))
+        with pytest.raises(DdkError, match="has no place in a checkpoint"):
+            distill(project)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_enum_members_as_python_3_11_2_pickles_them() -> None:
+    """As getattr(class, name): Debian 12's Python could not read its own checkpoints."""
+    import pickle
+
+    class AsThere:
+        def __reduce__(self) -> Any:
+            return getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
+
+    loaded = _Unpickler(io.BytesIO(pickle.dumps(AsThere()))).load()
+    assert loaded is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+
+
+# --- a loss that is not a number --------------------------------------------------------------------
+
+
+def test_nan_names_step_domain_and_window_and_keeps_the_last_good_checkpoint(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that no sound cache has: one window's targets turn NaN, from the fourth step on."""
+    project = load_project(cached, ["distill.checkpoint_steps=1", "distill.interval_steps=6"])
+    sick: list[Any] = []
+    real = Stepper.step
+
+    def step(self: Stepper, done: int, windows: Any, names: np.ndarray[Any, Any]) -> Any:
+        if done >= 3:
+            sick.append(names[1].tolist())
+            windows[1].targets.logprobs[:] = float("nan")
+        return real(self, done, windows, names)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    with pytest.raises(DdkError) as failure:
+        distill(project)
+    domain, window = sick[0]
+    assert (
+        f"at step 4; the window whose loss or gradient is not finite is {('code', 'plays')[domain]}/train/{window}"
+        in str(failure.value)
+    )
+    assert checkpoints_of(project.run) == [3]
+    position = json.loads((project.run / "checkpoints" / "step-00000003" / "position.json").read_text())
+    assert position["step"] == 3 and not (project.run / "run.json").exists()
+    monkeypatch.undo()
+    assert distill(project)["steps"] == 6  # and it continues once the cause is gone

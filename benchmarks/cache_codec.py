@@ -30,7 +30,7 @@ from pathlib import Path
 
 from common import TEACHER, Row, report
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 
@@ -53,9 +53,7 @@ from teacher_states import (
 )
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.codec import Codec, Context, Ranks, encode_log
-from ddk_pipe.pipeline.targets.selection import Plan, select
-from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
+from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select, stack
 
 PARTS = ("main", "large", "goals")
 RECORD = 2048  # positions

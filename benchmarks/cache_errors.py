@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets import SparseTargets
 
 RARE = 1e-12  # p below counts as this in the weights
 

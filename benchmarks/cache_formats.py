@@ -14,8 +14,7 @@ import torch
 from numcodecs import Zstd, blosc
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.targets.codec import Codec, Context, decode_log, encode_log
-from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.targets import PADDING_ID, Codec, Context, SparseTargets, decode_log, encode_log
 
 blosc.set_nthreads(1)
 Record = dict[str, bytes]

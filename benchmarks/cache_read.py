@@ -31,7 +31,7 @@ from typing import Any
 
 from common import Row, alternate, fresh_process, goal, report, spread
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
@@ -41,9 +41,8 @@ import torch
 import zarr
 from read_material import DOMAIN, SEQ_LEN, SPLIT, make_cache
 
-from ddk_pipe.pipeline.cache.reader import CacheReader, group_of, shards_of
-from ddk_pipe.pipeline.cache.shard import require_record
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, ObjectFolder, open_folder
+from ddk_pipe.pipeline.cache import CacheReader, group_of, require_record, shards_of
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, open_folder
 
 PARTS = ("shards", "parts", "host", "s3")
 COUNTS = (10, 100, 1_000, 10_000)  # shards

@@ -29,7 +29,7 @@ from typing import Any
 
 from common import TEACHER, Row, report
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 
@@ -41,9 +41,7 @@ from numpy.typing import NDArray
 from teacher_states import CORPUS, SCRATCH, WINDOW, Domain, load
 from torch import Tensor, nn
 
-from ddk_pipe.pipeline.targets.codec import Codec, Context, Ranks, encode_log
-from ddk_pipe.pipeline.targets.selection import Plan, select
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select
 
 SCHEMES = {
     REFERENCE: Plan("random", 0.01, 64, 256, 50, (1.0,), 0),

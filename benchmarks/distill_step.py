@@ -38,11 +38,11 @@ from typing import Any
 import torch
 from common import SEVENTH, Row, fresh_process, goal, peak_growth, report, spread, teacher_option
 
-from ddk_pipe.pipeline.cache.reader import CachedWindow
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN, open_split
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.pipeline.cache import CachedWindow
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.text import TRAIN, open_split
+from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.sources import _bare
 
@@ -61,7 +61,7 @@ GAMMA = 1.0
 
 def make_project(folder: Path, teacher: Path, tokens: int) -> Path:
     """A manifest over the demo's text, and its cache; whoever trains from it says which student."""
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.cache_teacher import cache_teacher
     from ddk_pipe.stages.demo.material import write_texts
 
     write_texts(folder / "text")

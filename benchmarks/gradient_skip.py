@@ -29,7 +29,7 @@ from typing import Any
 
 from common import ROOT, TEACHER, Row, goal, report
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 
@@ -38,9 +38,8 @@ from loss_problem import K
 from torch import Tensor
 
 from ddk_pipe.pipeline.losses import gradient_skip
-from ddk_pipe.pipeline.targets.selection import top_with_tail
-from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
-from ddk_pipe.stages.distill.students import DistillStudent
+from ddk_pipe.pipeline.targets import SparseTargets, stack, top_with_tail
+from ddk_pipe.stages.distill import DistillStudent
 
 WINDOW = 128  # tokens
 BATCH = 2  # windows of a step

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from common import Row, alternate, fresh_process, goal, peak_growth, report, spread, timing
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 

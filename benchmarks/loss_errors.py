@@ -12,8 +12,8 @@ from common import Row, goal, report
 from loss_problem import RealProblem
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd, sparse_kd_reference
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.losses import linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.targets import SparseTargets
 
 POSITIONS = 256
 # Of the gradient's relative norm, and of the sums. bfloat16's own rounding is 2^-9 = 2e-3 of a number.

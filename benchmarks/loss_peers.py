@@ -21,15 +21,15 @@ from typing import Any
 
 from common import Row, alternate, fresh_process, peak_growth, report, spread, timing
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 
 import torch
 from loss_problem import DrawnProblem, RealProblem
 
-from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.losses import linear_sparse_kd
+from ddk_pipe.pipeline.targets import SparseTargets
 
 CHUNKS = 8  # torchtune's default
 TRL, TORCHTUNE, LIGER = (

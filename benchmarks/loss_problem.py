@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from common import TEACHER
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd
-from ddk_pipe.pipeline.targets.selection import top_with_tail
-from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
+from ddk_pipe.pipeline.losses import linear_sparse_kd
+from ddk_pipe.pipeline.targets import SparseTargets, stack, top_with_tail
 
 K = 64
 CHUNK = 128

@@ -38,12 +38,13 @@ import torch
 from common import Row, goal, report, teacher_option
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache.reader import CachedWindow
-from ddk_pipe.pipeline.losses.dense import DenseTargets, linear_dense_kd
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.pipeline.cache import CachedWindow
+from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.stages.common import prepare_cpu
+from ddk_pipe.stages.distill import sparse_batch
 from ddk_pipe.stages.distill.run import Run
-from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source, sparse_batch
+from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source
 from ddk_pipe.stages.teachers.hf import HfTeacher
 
 DOMAINS = ("python_code", "documentation", "plays")
@@ -137,7 +138,7 @@ class Judge:
 
 def make_project(folder: Path, teacher: Path, steps: int) -> Path:
     """The manifest and its two caches."""
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.cache_teacher import cache_teacher
     from ddk_pipe.stages.demo.material import write_texts
 
     write_texts(folder / "text")

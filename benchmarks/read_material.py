@@ -18,20 +18,20 @@ import torch
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import ShardReader
-from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard, ShardRecord, SplitSize, shards_of
-from ddk_pipe.pipeline.cache.shard import (
-    STAMP_WORDS,
-    FileFacts,
-    checks_text,
+from ddk_pipe.pipeline.cache import (
+    CacheSpec,
+    CacheWriter,
+    Shard,
+    ShardRecord,
+    SplitSize,
     group_of,
-    input_arrays,
     require_record,
+    shards_of,
 )
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, join, select_logits
+from ddk_pipe.pipeline.cache.arrays import ShardReader
+from ddk_pipe.pipeline.cache.shard import STAMP_WORDS, FileFacts, checks_text, input_arrays
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
+from ddk_pipe.pipeline.targets import Plan, Ranks, Selected, join, select_logits
 
 VOCAB, SEQ_LEN = 49_152, 2_048
 PLAN = Plan("pps", 0.02, 64, 1000, 50, (1.0,), 0)

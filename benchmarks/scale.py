@@ -25,16 +25,16 @@ from unittest import mock
 from common import Row, goal, processor, report, teacher_option
 from doc_tables import into_docs, table
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()  # before torch
 
-from ddk_pipe.pipeline.cache.reader import CacheWriter, read_spec
+from ddk_pipe.pipeline.cache import CacheWriter, read_spec
 from ddk_pipe.pipeline.cache.spec import MOST_JSON_BYTES, MOST_SHARDS
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.demo.material import write_teacher
-from ddk_pipe.stages.prepare.stage import prepare
+from ddk_pipe.stages.prepare import prepare
 
 SEQ_LEN = 128
 # windows of a shard, of training in all; twice a shard's are validation: 14, 8 and 26 shards
@@ -191,7 +191,7 @@ def run(teacher: Path, backend: str, shard_windows: int, train_windows: int) -> 
 
 def facts_of(cache: Path, shard_windows: int, seconds: float, writing: float) -> Run:
     """What lies on the disk after a run."""
-    from ddk_pipe.pipeline.storage.folders import LocalFolder
+    from ddk_pipe.pipeline.storage import LocalFolder
 
     sizes = [size for domain in read_spec(LocalFolder(cache)).domains.values() for size in domain.values()]
     paths = list(cache.glob("*/*/[0-9]*.json"))

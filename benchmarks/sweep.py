@@ -31,7 +31,7 @@ from typing import Any
 
 from common import ROOT, SEVENTH, Row, goal, report, spread, teacher_option
 
-from ddk_pipe.pipeline.manifest.sweep import load_sweep
+from ddk_pipe.pipeline.manifest import load_sweep
 from ddk_pipe.stages.demo import material as demo_material
 
 DOMAINS = ("python_code", "documentation", "licences", "plays")

@@ -22,21 +22,18 @@ from unittest import mock
 
 from common import Row, alternate, goal, report, spread, teacher_option
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()  # before torch
 
 import numpy as np
 import torch
 
-from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard, SplitSize
-from ddk_pipe.pipeline.manifest import fields as manifest
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.pipeline.targets import selection
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected, selection
+from ddk_pipe.pipeline.text import TRAIN
 from ddk_pipe.stages.cache_teacher.sample import kept_counts
 from ddk_pipe.stages.demo.material import write_teacher
 from ddk_pipe.stages.teachers import Window

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import Row, goal, report
 
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 
@@ -24,12 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard, SplitSize, all_shards
-from ddk_pipe.pipeline.manifest.fields import Manifest
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize, all_shards
+from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.targets import Plan, Ranks, Selected, select_logits
+from ddk_pipe.pipeline.text import TRAIN
 from ddk_pipe.stages.cache_teacher import local
 from ddk_pipe.stages.cache_teacher import maker as maker_module
 from ddk_pipe.stages.cache_teacher.maker import Job, ShardReport

@@ -22,7 +22,7 @@ from common import ROOT
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.selection import head_rows
+from ddk_pipe.pipeline.targets import head_rows
 from ddk_pipe.stages.demo.material import write_teacher
 
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"

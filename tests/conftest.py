@@ -17,8 +17,8 @@ import torch
 from s3 import new_prefix, s3_server
 from tiny import MakeProject, make_model, make_tokenizer, write_project
 
-from ddk_pipe.pipeline.storage.folders import Folder, open_folder
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.pipeline.storage import Folder, open_folder
+from ddk_pipe.stages.common import prepare_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 prepare_cpu()
@@ -46,8 +46,8 @@ def make_project(tmp_path: Path, tiny_teacher: Path) -> MakeProject:
 @pytest.fixture(scope="session")
 def cached_output(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """The output folder of make_project's default manifest after `cache-teacher`, made once per test run."""
-    from ddk_pipe.pipeline.manifest.project import load_project
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.stages.cache_teacher import cache_teacher
 
     folder = tmp_path_factory.mktemp("cached")
     cache_teacher(load_project(write_project(folder, tiny_teacher)))

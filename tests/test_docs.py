@@ -64,8 +64,7 @@ def test_errors_that_the_docs_explain_exist() -> None:
 
 
 def test_every_manifest_in_the_docs_is_valid(tmp_path: Path) -> None:
-    from ddk_pipe.pipeline.manifest.project import load_project
-    from ddk_pipe.pipeline.manifest.sweep import load_sweep
+    from ddk_pipe.pipeline.manifest import load_project, load_sweep
 
     seen = 0
     for page in sorted((ROOT / "docs").rglob("*.md")):

@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache.reader import committed, read_spec
-from ddk_pipe.pipeline.losses.measures import sums_by_confidence
+from ddk_pipe.pipeline.cache import committed, read_spec
+from ddk_pipe.pipeline.losses import sums_by_confidence
 from ddk_pipe.pipeline.models import load_tokenizer
-from ddk_pipe.pipeline.storage.folders import open_folder
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION, labels_of, open_split
+from ddk_pipe.pipeline.storage import open_folder
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.text import TRAIN, VALIDATION, labels_of, open_split
 from ddk_pipe.stages.evaluate.stage import label_bytes
 
 FOR_MIXING = 8  # validation windows that runs look at: distill.validation_windows of the manifest

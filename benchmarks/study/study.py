@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ddk_pipe.pipeline.manifest.sweep import Sweep, SweepSpec
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.pipeline.manifest import Sweep, SweepSpec
+from ddk_pipe.stages.common import prepare_cpu
 
 prepare_cpu()
 

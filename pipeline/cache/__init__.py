@@ -1,0 +1,45 @@
+"""The cache on disk: what it says it is, its shards, and who writes, reads and verifies them.
+
+Only committed shards exist for readers, and nothing doubtful is ever returned.
+"""
+
+from ddk_pipe.pipeline.cache.dataset import CachedWindows, DomainBatches, collate
+from ddk_pipe.pipeline.cache.reader import CacheReader
+from ddk_pipe.pipeline.cache.shard import CachedWindow, ShardRecord, committed, group_of, require_record
+from ddk_pipe.pipeline.cache.spec import (
+    CacheSpec,
+    Shard,
+    SplitSize,
+    all_shards,
+    read_spec,
+    shards_of,
+    split_size,
+    uncommitted,
+)
+from ddk_pipe.pipeline.cache.verification import Report, SplitReport, verify
+from ddk_pipe.pipeline.cache.writer import CacheWriter, planned
+
+__all__ = [
+    "CacheReader",
+    "CacheSpec",
+    "CacheWriter",
+    "CachedWindow",
+    "CachedWindows",
+    "DomainBatches",
+    "Report",
+    "Shard",
+    "ShardRecord",
+    "SplitReport",
+    "SplitSize",
+    "all_shards",
+    "collate",
+    "committed",
+    "group_of",
+    "planned",
+    "read_spec",
+    "require_record",
+    "shards_of",
+    "split_size",
+    "uncommitted",
+    "verify",
+]

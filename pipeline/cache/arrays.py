@@ -10,10 +10,8 @@ chunk is an error and not zeros, every chunk is compared with its checksum, and 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.storage.folders import LOCK, Folder
+from ddk_pipe.pipeline.storage import LOCK, Folder, settle_writes
 
 numcodecs.blosc.use_threads = (
     False  # as zarr sets it too: chunks are small, and readers have threads of their own
@@ -40,7 +38,6 @@ BLOSC_HEADER = struct.Struct(
 BLOSC_STORED, BLOSC_ZSTD = 0x02, 4  # flag: copied as it is; number of zstd in the upper three bits
 CHUNK = np.dtype([("start", "<u8"), ("length", "<u4"), ("check", "<u4")])  # of one window and array
 Arrays = dict[str, NDArray[Any]]
-SETTLING = threading.Lock()  # two that wait for all other tasks would wait for each other
 
 
 @dataclass(frozen=True)
@@ -81,20 +78,6 @@ def write_group(folder: Path, attributes: Mapping[str, Mapping[str, Any]], array
     except BaseException:
         settle_writes()
         raise
-
-
-def settle_writes() -> None:
-    """Wait for what zarr still has under way: after an error of one file it goes on writing the others in threads of
-    its own, and a folder that is removed meanwhile comes back."""
-    from zarr.core.sync import sync
-
-    with SETTLING:
-        sync(_others_done())
-
-
-async def _others_done() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _write_array(group: Any, name: str, values: NDArray[Any]) -> None:

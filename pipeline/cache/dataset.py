@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddk_pipe.pipeline.cache.reader import CacheReader
-from ddk_pipe.pipeline.mixing.rules import FloatArray, check_weights
-from ddk_pipe.pipeline.mixing.sampler import DomainSampler
-from ddk_pipe.pipeline.storage.folders import open_folder
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets, stack
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline.mixing import DomainSampler, FloatArray, check_weights
+from ddk_pipe.pipeline.storage import open_folder
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack
+from ddk_pipe.pipeline.text import TRAIN
 
 
 class Example(TypedDict):

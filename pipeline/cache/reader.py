@@ -54,8 +54,8 @@ from ddk_pipe.pipeline.cache.spec import (
 )
 from ddk_pipe.pipeline.cache.writer import CacheWriter, planned
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LOCK, Folder
-from ddk_pipe.pipeline.text.tokens import SPLITS
+from ddk_pipe.pipeline.storage import LOCK, Folder
+from ddk_pipe.pipeline.text import SPLITS
 
 __all__ = [
     "SCHEMA_VERSION",

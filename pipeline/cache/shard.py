@@ -38,10 +38,17 @@ from ddk_pipe.pipeline.cache.spec import (
     unreadable,
 )
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, digest_of
-from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, NO_LOG, Codec, Context, Planes, decode_log
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.storage import Folder, digest_of, durable
+from ddk_pipe.pipeline.targets import (
+    MOST_ENTRIES,
+    NO_LABEL,
+    NO_LOG,
+    Codec,
+    Context,
+    Planes,
+    SparseTargets,
+    decode_log,
+)
 
 STAMP_WORDS = 4  # u16 words that hold the window number
 GROUP = re.compile(r"(\d{5,})\.[0-9a-f]{8}\.zarr")

@@ -15,13 +15,11 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder
-from ddk_pipe.pipeline.targets.codec import LEVELS, LOG_STEPS, Ranks
-from ddk_pipe.pipeline.targets.selection import Plan
-from ddk_pipe.pipeline.text.tokens import SPLITS, Split
+from ddk_pipe.pipeline.storage import Folder, durable
+from ddk_pipe.pipeline.targets import LEVELS, LOG_STEPS, Plan, Ranks
+from ddk_pipe.pipeline.text import SPLITS, Split
 
 SCHEMA_VERSION = 2
 QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"

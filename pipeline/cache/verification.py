@@ -57,7 +57,7 @@ from ddk_pipe.pipeline.cache.spec import (
 )
 from ddk_pipe.pipeline.cache.spec import repair as repair_hint
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import OUTSIDE, Folder, LocalFolder, is_inside
+from ddk_pipe.pipeline.storage import OUTSIDE, Folder, LocalFolder, is_inside
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # a name that durable and storage write under
 STALE_SECONDS = 3600.0  # a partial not written to for so long has no writer any more

@@ -46,12 +46,18 @@ from ddk_pipe.pipeline.cache.spec import (
     uncommitted,
 )
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
-from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, MOST_PADDED, Context, Ranks, encode_log
-from ddk_pipe.pipeline.targets.selection import Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
-from ddk_pipe.pipeline.text.tokens import labels_of
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
+from ddk_pipe.pipeline.targets import (
+    MOST_ENTRIES,
+    MOST_PADDED,
+    NO_LABEL,
+    Context,
+    Ranks,
+    Selected,
+    SparseTargets,
+    encode_log,
+)
+from ddk_pipe.pipeline.text import labels_of
 
 LEAST_LOGPROB = -1e4  # a label the teacher thinks impossible (-inf) still has a code, 65535 means "no label"
 COMMIT_TRIES = 5

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ddk_pipe.pipeline.losses.gradient_skip import GradientSkip
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
 Direction = Literal["forward", "reverse"]
 Implementation = Literal["auto", "chunked", "triton"]

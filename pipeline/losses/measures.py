@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 CHUNK_BYTES = 32 * 2**20  # of logits
 BINS = 15  # of confidence, equally wide: the usual number (Guo et al., arXiv 1706.04599)
 SUMS = ("positions", "ce", "target_ce", "entropy", "agreement", "compared")
-SIZE = len(SUMS) + 3 * BINS  # then per bin: positions, confidence, hits
+N_SUMS = len(SUMS) + 3 * BINS  # then per bin: positions, confidence, hits
 
 
 @torch.no_grad()
@@ -30,13 +30,13 @@ def measure(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """float64 [SIZE] of sums, to be added up and read by `summary`.
+    """float64 [N_SUMS] of sums, to be added up and read by `summary`.
 
     hidden [N, d], weight [V, d], bias [V] or None, labels int64 [N] (-100: none), targets of the N positions at
     `temperature`. Agreement compares the student's most likely token with the heaviest id of the targets, at the
     positions that have any.
     """
-    total = torch.zeros(SIZE, dtype=torch.float64, device=hidden.device)
+    total = torch.zeros(N_SUMS, dtype=torch.float64, device=hidden.device)
     live = (labels != NO_LABEL).nonzero()[:, 0]
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     for part in torch.split(live, rows):
@@ -108,7 +108,7 @@ def _target_ce(log_q: Tensor, targets: SparseTargets) -> Tensor:
 
 
 def summary(sums: NDArray[np.float64], *, exact: bool) -> dict[str, float | None]:
-    """Means of the sums [SIZE] that `measure` gave: student_ce, target_ce, kl (nats per token), teacher_agreement
+    """Means of the sums [N_SUMS] that `measure` gave: student_ce, target_ce, kl (nats per token), teacher_agreement
     (share), calibration_error (ECE, share).
 
     `exact`: the targets are exact or have a bucket, so CE to them less their entropy is a KL; for drawn targets it

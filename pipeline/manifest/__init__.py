@@ -1,0 +1,49 @@
+"""What a manifest may say, the project that reads and checks it, and the file of a sweep.
+
+Nothing here loads torch: everything wrong with a manifest is said before anything heavy is imported.
+"""
+
+from ddk_pipe.pipeline.manifest.field_reference import STARTER, reference
+from ddk_pipe.pipeline.manifest.fields import (
+    DOMAIN_NAME,
+    MOST_SEQ_LEN,
+    MOST_SHARD_WINDOWS,
+    Cache,
+    DatasetSource,
+    Distill,
+    Domain,
+    Manifest,
+    Schedule,
+    Source,
+    Student,
+    Teacher,
+    VllmOptions,
+)
+from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, SweepSpec, load_sweep
+
+__all__ = [
+    "DOMAIN_NAME",
+    "MOST_SEQ_LEN",
+    "MOST_SHARD_WINDOWS",
+    "STARTER",
+    "Cache",
+    "DatasetSource",
+    "Dimension",
+    "Distill",
+    "Domain",
+    "Manifest",
+    "Project",
+    "RunSpec",
+    "Schedule",
+    "Search",
+    "Source",
+    "Student",
+    "Sweep",
+    "SweepSpec",
+    "Teacher",
+    "VllmOptions",
+    "load_project",
+    "load_sweep",
+    "reference",
+]

@@ -16,7 +16,7 @@ import yaml
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest.fields import Manifest, Section, section_in
-from ddk_pipe.pipeline.storage.folders import Folder, is_url, open_folder
+from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 
 class Project:

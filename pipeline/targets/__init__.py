@@ -1,0 +1,53 @@
+"""The value that flows, SparseTargets: how the teacher's distribution becomes one (selection), and bytes (the codec).
+
+Selection and codec are arithmetic; where the bytes go is the cache's business.
+"""
+
+from ddk_pipe.pipeline.targets.codec import (
+    LEVELS,
+    LOG_STEPS,
+    MOST_ENTRIES,
+    MOST_PADDED,
+    NO_LOG,
+    Codec,
+    Context,
+    Planes,
+    Ranks,
+    decode_log,
+    encode_log,
+)
+from ddk_pipe.pipeline.targets.selection import (
+    Plan,
+    Selected,
+    head_rows,
+    join,
+    select,
+    select_logits,
+    top_with_tail,
+)
+from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets, stack
+
+__all__ = [
+    "LEVELS",
+    "LOG_STEPS",
+    "MOST_ENTRIES",
+    "MOST_PADDED",
+    "NO_LABEL",
+    "NO_LOG",
+    "PADDING_ID",
+    "Codec",
+    "Context",
+    "Plan",
+    "Planes",
+    "Ranks",
+    "Selected",
+    "SparseTargets",
+    "decode_log",
+    "encode_log",
+    "head_rows",
+    "join",
+    "select",
+    "select_logits",
+    "stack",
+    "top_with_tail",
+]

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddk_pipe.pipeline.manifest import fields as manifest
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets, stack
 
 BLOCK = 256  # tokens per block of the two-level draw

@@ -1,0 +1,38 @@
+"""From sources to documents to tokens to packed windows, on disk under a digest of all that they were made from.
+
+Nothing here knows a teacher.
+"""
+
+from ddk_pipe.pipeline.text.sources import Document, documents, find_files
+from ddk_pipe.pipeline.text.tokens import (
+    SPLITS,
+    TOKENS_VERSION,
+    TRAIN,
+    VALIDATION,
+    Encoder,
+    Split,
+    SplitWriter,
+    labels_of,
+    open_split,
+    pack,
+    tokenizer_digest,
+    tokenizer_size,
+)
+
+__all__ = [
+    "SPLITS",
+    "TOKENS_VERSION",
+    "TRAIN",
+    "VALIDATION",
+    "Document",
+    "Encoder",
+    "Split",
+    "SplitWriter",
+    "documents",
+    "find_files",
+    "labels_of",
+    "open_split",
+    "pack",
+    "tokenizer_digest",
+    "tokenizer_size",
+]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import DatasetSource, Domain, Source
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
 
 COMPRESSED = (".gz", ".zst", ".bz2")
 BATCH_ROWS = 256  # Parquet rows in memory at a time

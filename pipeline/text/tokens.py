@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import settle_writes
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.durable import digest, make_folder, partial_name, publish_folder
+from ddk_pipe.pipeline.storage import durable, settle_writes
 from ddk_pipe.pipeline.text.sources import Document
 
 TOKENS_VERSION = 1  # raise when packing changes: tokens of another version are made again
@@ -161,8 +160,8 @@ class SplitWriter:
 
         self.final, self.seq_len, self.eos = folder, seq_len, eos
         self.max_windows: int | None = max_windows
-        self.folder = partial_name(folder)
-        make_folder(folder.parent)
+        self.folder = durable.partial_name(folder)
+        durable.make_folder(folder.parent)
         dtype = "u2" if vocab_size <= 1 << 16 else "u4"
         self.group = zarr.open_group(self.folder, mode="w-", zarr_format=3)
         shape, chunks = (0, seq_len), (BLOCK_WINDOWS, seq_len)
@@ -223,13 +222,13 @@ class SplitWriter:
         if self._pending:
             self._flush(self._pending // self.seq_len)
         self.facts.tokens += self.facts.windows * self.seq_len
-        self.facts.digest = digest(b"".join(part.digest() for part in self._hashes))
+        self.facts.digest = durable.digest(b"".join(part.digest() for part in self._hashes))
         self.facts.seconds = round(time.monotonic() - self._began, 3)
         counts = self.group.create_array("token_counts", shape=self.counts.shape, dtype="i8")
         counts[:] = self.counts
         self.group.attrs.update({"record": record, "facts": asdict(self.facts)})
         shutil.rmtree(self.final, ignore_errors=True)
-        publish_folder(self.folder, self.final)
+        durable.publish_folder(self.folder, self.final)
         return self.facts
 
     def discard(self) -> None:

@@ -9,14 +9,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddk_pipe.pipeline.cache.dataset import CachedWindows, DomainBatches, collate
-    from ddk_pipe.pipeline.cache.reader import CacheReader
+    from ddk_pipe.pipeline.cache import CachedWindows, CacheReader, DomainBatches, collate
     from ddk_pipe.pipeline.errors import DdkError
-    from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
-    from ddk_pipe.pipeline.manifest.project import load_project
-    from ddk_pipe.pipeline.mixing.rules import RULES, ddk_initial, initial_weights, make_rule
-    from ddk_pipe.pipeline.mixing.sampler import DomainSampler
-    from ddk_pipe.pipeline.targets.sparse import SparseTargets
+    from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
+    from ddk_pipe.pipeline.manifest import load_project
+    from ddk_pipe.pipeline.mixing import RULES, DomainSampler, ddk_initial, initial_weights, make_rule
+    from ddk_pipe.pipeline.targets import SparseTargets
 
 __version__ = version("ddk-pipe")
 __all__ = [

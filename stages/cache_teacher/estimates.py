@@ -28,25 +28,16 @@ import torch
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from ddk_pipe.pipeline.cache.reader import (
-    CacheReader,
-    CacheSpec,
-    CacheWriter,
-    ShardRecord,
-    SplitSize,
-    all_shards,
-)
+from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, CacheWriter, ShardRecord, SplitSize, all_shards
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets, stack
-from ddk_pipe.pipeline.text.tokens import SPLITS, TRAIN, Split, open_split
+from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected, SparseTargets, stack
+from ddk_pipe.pipeline.text import SPLITS, TRAIN, Split, open_split
 from ddk_pipe.stages.cache_teacher.maker import Job
 from ddk_pipe.stages.cache_teacher.sample import kept_counts, ranks_of, sample_windows
 from ddk_pipe.stages.cache_teacher.stage import check_plan, plan_job
-from ddk_pipe.stages.common.progress import clock, say, track
-from ddk_pipe.stages.common.tables import new_table, terminal
+from ddk_pipe.stages.common import clock, new_table, say, terminal, track
 from ddk_pipe.stages.teachers import Teacher, Window
 
 TAUS = (0.05, 0.03, 0.02, 0.01, 0.005)

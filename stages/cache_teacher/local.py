@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from ddk_pipe.pipeline.cache.reader import Shard
+from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cache_teacher.maker import DEPTH, Job, ShardMaker, ShardReport, Stopped, portable
-from ddk_pipe.stages.common.machine import prepare_cpu
-from ddk_pipe.stages.common.stopping import gone_in_time
+from ddk_pipe.stages.common import gone_in_time, prepare_cpu
 
 Report = Callable[[ShardReport], None]
 STARTS_PER_WORKER = 4  # the first and three more: a worker that dies again and again is no accident

@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.reader import CacheSpec, CacheWriter, Shard
+from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Manifest
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.targets.selection import Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN, Split, labels_of, open_split
+from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.targets import NO_LABEL, Selected
+from ddk_pipe.pipeline.text import TRAIN, Split, labels_of, open_split
 from ddk_pipe.stages.cache_teacher.sample import fit_ranks
-from ddk_pipe.stages.common.progress import say
+from ddk_pipe.stages.common import say
 from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
 
 DEPTH = 3  # shards a worker has at once: one with the teacher, the others being encoded and written

@@ -13,12 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddk_pipe.pipeline.cache.reader import Shard
+from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cache_teacher.maker import DEPTH, Job, ShardMaker, ShardReport, portable
-from ddk_pipe.stages.common.machine import prepare_cpu
-from ddk_pipe.stages.common.progress import say
-from ddk_pipe.stages.common.ray_cluster import connect
+from ddk_pipe.stages.common import connect, prepare_cpu, say
 
 MAX_RESTARTS = 20  # of one actor: spot instances come and go
 LEAVE_SECONDS = 20.0  # for actors to write what they have

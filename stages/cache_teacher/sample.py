@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import Split, labels_of
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected
+from ddk_pipe.pipeline.text import Split, labels_of
 from ddk_pipe.stages.teachers import Teacher, Window
 
 SAMPLE_TOKENS = 16_384  # of a domain: more no longer changes its rank table much

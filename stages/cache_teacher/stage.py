@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ddk_pipe
-from ddk_pipe.pipeline.cache.reader import (
+from ddk_pipe.pipeline.cache import (
     CacheSpec,
     CacheWriter,
     Shard,
@@ -23,7 +23,7 @@ from ddk_pipe.pipeline.cache.reader import (
     uncommitted,
 )
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import (
     check_length,
     load_tokenizer,
@@ -33,18 +33,15 @@ from ddk_pipe.pipeline.models import (
     tokenizer_of_model,
     weights_digest,
 )
-from ddk_pipe.pipeline.storage.durable import free_bytes, need_space
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
-from ddk_pipe.pipeline.targets.selection import Plan
-from ddk_pipe.pipeline.text.tokens import Split, tokenizer_digest, tokenizer_size
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
+from ddk_pipe.pipeline.targets import Plan
+from ddk_pipe.pipeline.text import Split, tokenizer_digest, tokenizer_size
 from ddk_pipe.stages.cache_teacher import local
 from ddk_pipe.stages.cache_teacher.maker import Job, ShardReport
 from ddk_pipe.stages.cache_teacher.status import ShardProgress, StatusStream
-from ddk_pipe.stages.common.machine import pick_device, pick_dtype
-from ddk_pipe.stages.common.progress import Tracker, say, track
-from ddk_pipe.stages.common.stopping import Terminated, stops_in_time
-from ddk_pipe.stages.prepare.stage import prepare
-from ddk_pipe.stages.teachers import choose_backend, open_teacher
+from ddk_pipe.stages.common import Terminated, Tracker, pick_device, pick_dtype, say, stops_in_time, track
+from ddk_pipe.stages.prepare import prepare
+from ddk_pipe.stages.teachers import check_capture, check_head, choose_backend, open_teacher
 
 # Bytes per position to expect, by scheme: for the check of free space only. Entries cost 1.4 to 2.3 bytes.
 EXPECTED_BYTES = {"pps": 40.0, "threshold": 120.0, "topk": 150.0, "random": 60.0}
@@ -107,7 +104,7 @@ def cache_teacher(project: Project, request: Request | None = None) -> Outcome:
         stream.send("finished", done=done, total=done)
         return Outcome(0, done, 0, 0.0, bytes_per_position(project.cache, job.spec))
     if isinstance(project.cache, LocalFolder):
-        need_space(project.cache.path, expected, what="the cache")
+        durable.need_space(project.cache.path, expected, what="the cache")
     if done:
         say(f"cache-teacher: {done} of {len(shards)} shards are committed already")
     left = count_positions(job.spec, pending)
@@ -140,8 +137,6 @@ def plan_job(project: Project) -> Job:
     head_size = int(text_config(config).vocab_size)
     spec = make_spec(project, splits, plan, folder, head_size)
     if backend == "vllm":
-        from ddk_pipe.stages.teachers.vllm.engine import check_head
-
         check_head(options, head_size, spec.vocab_size)
     return Job(project.manifest, project.root, spec, folder, backend, open_teacher)
 
@@ -179,14 +174,12 @@ def _dry_run(
 def _free(cache: Folder) -> str:
     if not isinstance(cache, LocalFolder):
         return ""
-    return f", {free_bytes(cache.path) / 1e9:.3f} GB free there"
+    return f", {durable.free_bytes(cache.path) / 1e9:.3f} GB free there"
 
 
 def check_plan(project: Project, plan: Plan, backend: str) -> None:
     """Raises DdkError for a plan that the backend or the student's loss cannot serve, before anything is loaded."""
     if backend == "vllm":
-        from ddk_pipe.stages.teachers.vllm.engine import check_capture
-
         check_capture(project.manifest.teacher, plan)
 
 

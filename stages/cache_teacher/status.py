@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.stages.cache_teacher.maker import ShardReport
-from ddk_pipe.stages.common.progress import clock, say
+from ddk_pipe.stages.common import clock, say
 
 WAIT_SHARE = 0.05  # of the teacher's time: waits shorter than this are not worth a word
 

@@ -79,7 +79,7 @@ def _is_news(line: str) -> bool:
     """False if another process of this run (torchrun) has told the user the very same."""
     if "RANK" not in os.environ:
         return True
-    from ddk_pipe.stages.distill.world import first_to_say
+    from ddk_pipe.stages.distill import first_to_say
 
     return first_to_say(line)
 
@@ -111,7 +111,7 @@ def init(path: ManifestArgument = DEFAULT_MANIFEST) -> None:
       ddk-pipe init            # writes manifest.yaml
       ddk-pipe schema          # every field there is
     """
-    from ddk_pipe.pipeline.manifest.reference import STARTER
+    from ddk_pipe.pipeline.manifest import STARTER
     from ddk_pipe.pipeline.storage import durable
 
     if path.exists():
@@ -133,7 +133,7 @@ def schema(
     Example:
       ddk-pipe schema | grep cache
     """
-    from ddk_pipe.pipeline.manifest.reference import reference
+    from ddk_pipe.pipeline.manifest import reference
 
     if markdown:
         typer.echo("# The manifest\n\n| field | type | default | meaning |\n|---|---|---|---|")
@@ -155,7 +155,7 @@ def prepare(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides 
       ddk-pipe prepare manifest.yaml --set seq_len=512
     """
     project = _project(manifest, overrides)
-    from ddk_pipe.stages.prepare.stage import prepare as run
+    from ddk_pipe.stages.prepare import prepare as run
 
     run(project)
 
@@ -190,8 +190,8 @@ def cache_teacher(
       ddk-pipe cache-teacher manifest.yaml --engine ray --workers 8
     """
     project = _project(manifest, overrides)
-    from ddk_pipe.stages.cache_teacher.stage import Request
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher as run
+    from ddk_pipe.stages.cache_teacher import Request
+    from ddk_pipe.stages.cache_teacher import cache_teacher as run
 
     names = tuple(name.strip() for name in domains.split(",") if name.strip())
     run(project, Request(limit, names, dry_run, status, engine, workers))
@@ -216,14 +216,14 @@ def distill(
       ddk-pipe distill manifest.yaml --set distill.name=uniform --set distill.mixing=uniform
     """
     if dry_run:
-        from ddk_pipe.pipeline.manifest.project import load_project
-        from ddk_pipe.stages.distill.dry_run import describe
+        from ddk_pipe.pipeline.manifest import load_project
+        from ddk_pipe.stages.distill import describe
 
         for line in describe(load_project(manifest, overrides)):
             typer.echo(f"distill: {line}")
         return
     project = _project(manifest, overrides)
-    from ddk_pipe.stages.distill.run import distill as run
+    from ddk_pipe.stages.distill import distill as run
 
     run(project)
 
@@ -244,7 +244,7 @@ def inspect(
       ddk-pipe inspect out/cache
       ddk-pipe inspect s3://bucket/cache
     """
-    from ddk_pipe.stages.inspect.stage import inspect as run
+    from ddk_pipe.stages.inspect import inspect as run
 
     run(place)
 
@@ -270,7 +270,7 @@ def estimate(
       ddk-pipe estimate manifest.yaml --windows 16 --json
     """
     project = _project(manifest, overrides)
-    from ddk_pipe.stages.cache_teacher.estimates import estimate as run
+    from ddk_pipe.stages.cache_teacher import estimate as run
 
     run(project, windows=windows, as_json=as_json)
 
@@ -297,7 +297,7 @@ def verify(
       ddk-pipe verify s3://bucket/cache --repair; ddk-pipe cache-teacher
     """
     _prepare_machine()
-    from ddk_pipe.stages.inspect.verification import verify as run
+    from ddk_pipe.stages.inspect import verify as run
 
     if not run(place, repair=repair, as_json=as_json).sound:
         raise typer.Exit(1)
@@ -320,14 +320,14 @@ def demo(
       ddk-pipe demo --material      # a teacher to try your own text with: runs/demo/teacher
     """
     _prepare_machine()
-    from ddk_pipe.stages.demo.stage import demo as run
+    from ddk_pipe.stages.demo import demo as run
 
     run(folder, material=material)
 
 
 def _project(manifest: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
     """The checked project; everything wrong with the manifest is said before anything heavy is imported."""
-    from ddk_pipe.pipeline.manifest.project import load_project
+    from ddk_pipe.pipeline.manifest import load_project
 
     project = load_project(manifest, overrides)
     _prepare_machine()
@@ -335,7 +335,7 @@ def _project(manifest: Path, overrides: list[str] | None):  # type: ignore[no-un
 
 
 def _prepare_machine() -> None:
-    from ddk_pipe.stages.common.machine import prepare_cpu
+    from ddk_pipe.stages.common import prepare_cpu
 
     prepare_cpu()
 

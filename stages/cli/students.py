@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ddk_pipe.stages.common.machine import prepare_cpu
-
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="the sweep file (YAML)")],
@@ -46,11 +44,13 @@ def sweep(
       ddk-pipe sweep sweep.yaml --parallel 4
       ddk-pipe sweep sweep.yaml --status; ddk-pipe report out/sweeps/sweep
     """
-    from ddk_pipe.stages.sweep import stage
+    from ddk_pipe.stages import sweep as stage
 
     if status:
         stage.status(file)
         return
+    from ddk_pipe.stages.common import prepare_cpu
+
     prepare_cpu()
     stage.sweep(file, stage.Request(parallel, engine, threads, yes, dry_run))
 
@@ -72,7 +72,7 @@ def report(
       ddk-pipe report sweep.yaml
       ddk-pipe report out/sweeps/sweep --format png --out pictures
     """
-    from ddk_pipe.stages.report.stage import report as run
+    from ddk_pipe.stages.report import report as run
 
     run(place, kind=kind, out=out)
 
@@ -106,8 +106,10 @@ def evaluate(
       ddk-pipe evaluate out/distill/student --tasks my_questions --task-folder tasks
       ddk-pipe evaluate some/model --cache out/cache --json
     """
+    from ddk_pipe.stages.common import prepare_cpu
+
     prepare_cpu()
-    from ddk_pipe.stages.evaluate import stage
+    from ddk_pipe.stages import evaluate as stage
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     found = stage.evaluate(student, stage.Request(cache, windows, names, task_folder, limit, device))
@@ -140,10 +142,11 @@ def export(
       ddk-pipe export out/distill/student --to my-student --license apache-2.0 --language en
       ddk-pipe export out/distill/student --to my-student --license mit --push me/my-student
     """
+    from ddk_pipe.stages.common import prepare_cpu
+
     prepare_cpu()
-    from ddk_pipe.stages.export.card import CardOptions
-    from ddk_pipe.stages.export.stage import Target
-    from ddk_pipe.stages.export.stage import export as write
+    from ddk_pipe.stages.export import CardOptions, Target
+    from ddk_pipe.stages.export import export as write
 
     options = CardOptions(name, licence, tuple(language or ()), data, teacher_licence)
     write(run, Target(to, dtype, push, public), options)

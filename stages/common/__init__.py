@@ -1,0 +1,52 @@
+"""What several commands share: progress, the machine, stopping, tables, a run's record as others read it, a Ray cluster.
+
+Knows no command.
+"""
+
+from ddk_pipe.stages.common.machine import SPREAD, peak_memory_bytes, pick_device, pick_dtype, prepare_cpu
+from ddk_pipe.stages.common.progress import Tracker, clock, console, say, track
+from ddk_pipe.stages.common.ray_cluster import connect
+from ddk_pipe.stages.common.record import EVALUATION, RunRecord, is_run, load_run
+from ddk_pipe.stages.common.record_tables import domain_rows, evaluation_tables
+from ddk_pipe.stages.common.stopping import (
+    GRACE_SECONDS,
+    StopFlag,
+    StoppedEarly,
+    Terminated,
+    gone_in_time,
+    stop_flag,
+    stops_in_time,
+)
+from ddk_pipe.stages.common.tables import TableData, new_table, perplexity, show_table, terminal
+
+__all__ = [
+    "EVALUATION",
+    "GRACE_SECONDS",
+    "SPREAD",
+    "RunRecord",
+    "StopFlag",
+    "StoppedEarly",
+    "TableData",
+    "Terminated",
+    "Tracker",
+    "clock",
+    "connect",
+    "console",
+    "domain_rows",
+    "evaluation_tables",
+    "gone_in_time",
+    "is_run",
+    "load_run",
+    "new_table",
+    "peak_memory_bytes",
+    "perplexity",
+    "pick_device",
+    "pick_dtype",
+    "prepare_cpu",
+    "say",
+    "show_table",
+    "stop_flag",
+    "stops_in_time",
+    "terminal",
+    "track",
+]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Manifest
+from ddk_pipe.pipeline.manifest import Manifest
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.pipeline.storage.folders import Folder, is_url, open_folder
+from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 EVALUATION = "evaluation.json"
 Rows = list[dict[str, Any]]

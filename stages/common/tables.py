@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import exp
 
 from rich.console import Console
@@ -9,6 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 WIDTH = 120  # columns, where standard output is no terminal
+
+
+@dataclass(frozen=True)
+class TableData:
+    """A table of ready text."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
 
 
 def terminal() -> Console:
@@ -28,3 +38,11 @@ def new_table(title: str, *columns: str) -> Table:
 def perplexity(nats: float) -> float:
     """exp, which no broken run makes infinite."""
     return exp(min(nats, 50.0))
+
+
+def show_table(table: TableData) -> None:
+    """On standard output."""
+    shown = new_table(table.caption, *table.head)
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    terminal().print(shown)

@@ -13,16 +13,15 @@ from typing import Any
 
 from rich.console import Console
 
-from ddk_pipe.pipeline.cache.reader import committed, read_spec
-from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.cache import committed, read_spec
+from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.models import be_quiet
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.text.tokens import SPLITS, open_split
-from ddk_pipe.stages.common.progress import clock, say
-from ddk_pipe.stages.common.tables import terminal
+from ddk_pipe.pipeline.text import SPLITS, open_split
+from ddk_pipe.stages.common import clock, say, terminal
 from ddk_pipe.stages.demo import material as demo_material
-from ddk_pipe.stages.inspect.stage import domain_table, summarise
+from ddk_pipe.stages.inspect import domain_table, summarise
 
 STAGES = ("prepare", "cache-teacher", "distill")
 PROMPTS = ("def main():", "You may copy and distribute", "KING: What news,")

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Distill
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.mixing.rules import FloatArray, Rule, make_rule
+from ddk_pipe.pipeline.manifest import Distill, Project
+from ddk_pipe.pipeline.mixing import FloatArray, Rule, make_rule
 from ddk_pipe.pipeline.models import load_tokenizer
-from ddk_pipe.pipeline.text.tokens import tokenizer_digest
+from ddk_pipe.pipeline.text import tokenizer_digest
 
 LOPSIDED = 0.8  # a domain's share of an interval from which on the others are as good as left out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddk_pipe.pipeline.manifest.fields import Distill
+from ddk_pipe.pipeline.manifest import Distill
 
 
 def make_optimizer(student: torch.nn.Module, options: Distill) -> torch.optim.AdamW:

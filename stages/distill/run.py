@@ -20,18 +20,23 @@ import torch
 from numpy.typing import NDArray
 
 import ddk_pipe
-from ddk_pipe.pipeline.cache.reader import CachedWindow
+from ddk_pipe.pipeline import mixing
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Distill
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.manifest import Distill, Project
 from ddk_pipe.pipeline.metrics import Record
-from ddk_pipe.pipeline.mixing import rules as mixing
-from ddk_pipe.pipeline.mixing.sampler import DomainSampler, rank_slice
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.read_ahead import prefetch
-from ddk_pipe.stages.common.machine import peak_memory_bytes, pick_device, pick_dtype
-from ddk_pipe.stages.common.progress import say, track
-from ddk_pipe.stages.common.stopping import StopFlag, StoppedEarly, stop_flag
+from ddk_pipe.pipeline.mixing import DomainSampler, rank_slice
+from ddk_pipe.pipeline.storage import durable, prefetch
+from ddk_pipe.stages.common import (
+    StopFlag,
+    StoppedEarly,
+    peak_memory_bytes,
+    pick_device,
+    pick_dtype,
+    say,
+    stop_flag,
+    track,
+)
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
 from ddk_pipe.stages.distill.checks import lopsided, mixing_rule, shared_tokenizer, windows_per_step
 from ddk_pipe.stages.distill.optimizer import make_optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ddk_pipe.pipeline.manifest.fields import Distill
+from ddk_pipe.pipeline.manifest import Distill
 
 
 def learning_rate(options: Distill, step: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddk_pipe.stages.common.progress import console, say
+from ddk_pipe.stages.common import console, say
 
 WIDTH = 30
 

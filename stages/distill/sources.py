@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.cache.reader import CachedWindow, CacheReader
+from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.dense import DenseTargets
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.losses import DenseTargets
+from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config
-from ddk_pipe.pipeline.storage.folders import is_url
-from ddk_pipe.pipeline.targets.selection import Plan
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets, stack
-from ddk_pipe.pipeline.text.tokens import (
+from ddk_pipe.pipeline.storage import is_url
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets, stack
+from ddk_pipe.pipeline.text import (
     TRAIN,
     VALIDATION,
     Split,
@@ -115,8 +114,8 @@ class OnlineSource:
     """
 
     def __init__(self, project: Project, device: torch.device, *, lead: bool, wait: Any) -> None:
-        from ddk_pipe.stages.prepare.stage import prepare
-        from ddk_pipe.stages.teachers.hf import HfTeacher
+        from ddk_pipe.stages.prepare import prepare
+        from ddk_pipe.stages.teachers import open_hf
 
         manifest = project.manifest
         folder = model_folder(
@@ -131,7 +130,7 @@ class OnlineSource:
         tokenizer = load_tokenizer(project.tokenizer, field="tokenizer", trust_remote_code=trust)
         named = manifest.teacher.device
         where = named if named in ("balanced", "sequential") else str(device)
-        self.teacher = HfTeacher(
+        self.teacher = open_hf(
             folder,
             manifest.teacher.model_copy(update={"device": where}),
             vocab_size=tokenizer_size(tokenizer),

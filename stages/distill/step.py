@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.reader import CachedWindow
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.measures import target_entropy
-from ddk_pipe.pipeline.manifest.fields import Distill
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.losses import target_entropy
+from ddk_pipe.pipeline.manifest import Distill
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 from ddk_pipe.stages.distill.schedules import gamma_at, learning_rate
 from ddk_pipe.stages.distill.sources import Batch, Source
 from ddk_pipe.stages.distill.world import Wrapped

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, linear_sparse_kd
-from ddk_pipe.pipeline.losses.dense import DenseTargets, linear_dense_kd
-from ddk_pipe.pipeline.losses.measures import measure
-from ddk_pipe.pipeline.manifest.fields import Student
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.losses import DenseTargets, SparseKdLoss, linear_dense_kd, linear_sparse_kd, measure
+from ddk_pipe.pipeline.manifest import Project, Student
 from ddk_pipe.pipeline.models import (
     check_length,
     forward_ends_in,
@@ -25,7 +22,7 @@ from ddk_pipe.pipeline.models import (
     text_config,
 )
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets import SparseTargets
 
 
 class DistillStudent(nn.Module):
@@ -52,7 +49,7 @@ class DistillStudent(nn.Module):
     ) -> SparseKdLoss | Tensor:
         """tokens, labels int64 [windows, seq_len]; targets of windows * seq_len positions, or None for CE alone.
 
-        `measuring`: the sums of `pipeline.measures.measure` in place of the loss.
+        `measuring`: the sums of `pipeline.losses.measure` in place of the loss.
         """
         hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self.lm.get_output_embeddings()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.manifest import Project
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 

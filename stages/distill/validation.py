@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.reader import CachedWindow
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses import measures
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
+from ddk_pipe.pipeline.losses import N_SUMS, summary
+from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.distill.sources import Source, sparse_batch, teacher_ce
 from ddk_pipe.stages.distill.validation_size import windows_per_domain
 from ddk_pipe.stages.distill.world import Wrapped
@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one validation found: a dictionary of means per domain (`pipeline.measures.summary`)."""
+    """What one validation found: a dictionary of means per domain (`pipeline.losses.summary`)."""
 
     domains: list[dict[str, float | None]]
 
@@ -61,7 +61,7 @@ class Validation:
         sums = np.stack([self._domain(windows) for windows in self.windows])
         self.wrapped.reshard()
         self.wrapped.module.train()
-        outcome = Outcome([measures.summary(row, exact=self.exact) for row in self.wrapped.world.sum(sums)])
+        outcome = Outcome([summary(row, exact=self.exact) for row in self.wrapped.world.sum(sums)])
         for domain, value in zip(self.domains, outcome.student_ce, strict=True):
             if not math.isfinite(value):
                 raise DdkError(
@@ -71,11 +71,11 @@ class Validation:
         return outcome
 
     def _domain(self, windows: list[CachedWindow]) -> FloatArray:
-        """This process's share of the sums, float64 [measures.SIZE]."""
+        """This process's share of the sums, float64 [N_SUMS]."""
         world, micro = self.wrapped.world, self.options.micro_batch_windows
         # the module's own forward: under FSDP2 its hooks have the weights whole; DDP's would synchronise in vain
         module = self.wrapped.module if self.wrapped.sharded else self.wrapped.student
-        total = torch.zeros(measures.SIZE, dtype=torch.float64, device=self.device)
+        total = torch.zeros(N_SUMS, dtype=torch.float64, device=self.device)
         for start in range(0, len(windows), micro * world.size):
             everyone = windows[start : start + micro * world.size]
             mine = everyone[world.rank :: world.size] or [

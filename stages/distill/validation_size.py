@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddk_pipe.pipeline.manifest.fields import Distill
+from ddk_pipe.pipeline.manifest import Distill
 
 
 def windows_per_domain(options: Distill, seq_len: int, domains: int) -> int:

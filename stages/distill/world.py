@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import progress
+from ddk_pipe.stages.common import console
 from ddk_pipe.stages.distill.students import DistillStudent
 
 ASK_SECONDS = 3.0  # for torchrun's store to answer
@@ -93,7 +93,7 @@ def join_world() -> Iterator[World]:
     joined = dist.is_initialized()
     if not joined:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "cpu:gloo")
-    quiet, progress.console.quiet = progress.console.quiet, rank != 0
+    quiet, console.quiet = console.quiet, rank != 0
     try:
         yield World(rank, size, local_rank, True, dist.new_group(backend="gloo"))
     except RuntimeError as problem:
@@ -104,7 +104,7 @@ def join_world() -> Iterator[World]:
             hint="see above what it said, or if it was killed; the same command continues",
         ) from None
     finally:
-        progress.console.quiet = quiet
+        console.quiet = quiet
         if not joined:
             dist.destroy_process_group()
 

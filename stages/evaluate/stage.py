@@ -13,21 +13,26 @@ import torch
 from numpy.typing import NDArray
 
 import ddk_pipe
-from ddk_pipe.pipeline.cache.reader import CachedWindow, CacheReader, read_spec
+from ddk_pipe.pipeline.cache import CachedWindow, CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.measures import SIZE, summary
+from ddk_pipe.pipeline.losses import N_SUMS, summary
 from ddk_pipe.pipeline.models import be_quiet, head_is_plain, load_tokenizer, model_folder
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, open_folder
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import VALIDATION, tokenizer_digest
-from ddk_pipe.stages.common.machine import pick_device
-from ddk_pipe.stages.common.progress import say, track
-from ddk_pipe.stages.common.record import EVALUATION, RunRecord, is_run, load_run
-from ddk_pipe.stages.common.tables import perplexity
-from ddk_pipe.stages.distill.sources import sparse_batch, teacher_ce
-from ddk_pipe.stages.distill.students import DistillStudent, logit_softcap
-from ddk_pipe.stages.report.tables import evaluation_tables, show_table
+from ddk_pipe.pipeline.storage import Folder, durable, open_folder
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.text import VALIDATION, tokenizer_digest
+from ddk_pipe.stages.common import (
+    EVALUATION,
+    RunRecord,
+    evaluation_tables,
+    is_run,
+    load_run,
+    perplexity,
+    pick_device,
+    say,
+    show_table,
+    track,
+)
+from ddk_pipe.stages.distill import DistillStudent, logit_softcap, sparse_batch, teacher_ce
 
 Result = dict[str, Any]
 
@@ -130,7 +135,7 @@ def _domain(
     *,
     exact: bool,
 ) -> Result:
-    student, sums = DistillStudent(model), torch.zeros(SIZE, dtype=torch.float64)
+    student, sums = DistillStudent(model), torch.zeros(N_SUMS, dtype=torch.float64)
     for start in range(0, len(windows), request.batch_windows):
         batch = sparse_batch(windows[start : start + request.batch_windows], model.device)
         with torch.no_grad():

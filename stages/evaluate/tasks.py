@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.stages.common.progress import say
+from ddk_pipe.stages.common import say
 
 
 def run_tasks(

@@ -9,8 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import ddk_pipe
-from ddk_pipe.stages.common.record import RunRecord
-from ddk_pipe.stages.report.tables import TableData, domain_rows, evaluation_tables
+from ddk_pipe.stages.common import RunRecord, TableData, domain_rows, evaluation_tables
 
 NOT_STATED = "Not stated by whoever exported this model."
 

@@ -11,8 +11,7 @@ import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.models import be_quiet, load_tokenizer
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common.progress import say
-from ddk_pipe.stages.common.record import RunRecord, load_run
+from ddk_pipe.stages.common import RunRecord, load_run, say
 from ddk_pipe.stages.export.card import CardOptions, card
 
 DTYPES = ("float32", "bfloat16", "float16")

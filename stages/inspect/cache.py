@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
-from ddk_pipe.pipeline.storage.folders import Folder
-from ddk_pipe.stages.common.tables import new_table, perplexity
+from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.stages.common import new_table, perplexity
 
 if TYPE_CHECKING:
-    from ddk_pipe.pipeline.cache.reader import CacheReader, CacheSpec, Shard, ShardRecord
+    from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, Shard, ShardRecord
 
 SAMPLE_WINDOWS = 20  # of a domain, decoded
 PARTS = ("tokens", "labels", "heads", "draws", "tails", "octaves", "bits", "codes", "metadata")
@@ -24,7 +24,7 @@ Records = dict[str, dict["Shard", "ShardRecord"]]  # by domain
 
 def cache_tables(folder: Folder) -> Iterator[Table]:
     """Raises DdkError if `folder` holds no cache, or a damaged one."""
-    from ddk_pipe.pipeline.cache.reader import CacheReader, committed, read_spec
+    from ddk_pipe.pipeline.cache import CacheReader, committed, read_spec
 
     spec = read_spec(folder)
     yield _facts(folder, spec)

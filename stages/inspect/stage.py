@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import is_url, open_folder
-from ddk_pipe.stages.common.tables import new_table, perplexity, terminal
+from ddk_pipe.pipeline.storage import is_url, open_folder
+from ddk_pipe.stages.common import new_table, perplexity, terminal
 from ddk_pipe.stages.inspect.cache import cache_tables
 
 
@@ -58,7 +58,7 @@ def _splits(path: Path) -> list[Path]:
 
 
 def _tokens(path: Path, splits: list[Path]) -> Table:
-    from ddk_pipe.pipeline.text.tokens import open_split
+    from ddk_pipe.pipeline.text import open_split
 
     out = new_table(
         f"tokens {path}", "split", "documents", "windows", "seq_len", "tokens", "labels", "bytes/token"

@@ -8,13 +8,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from ddk_pipe.pipeline.cache.spec import all_shards, read_spec, uncommitted
-from ddk_pipe.pipeline.cache.verification import Report, SplitReport
-from ddk_pipe.pipeline.cache.verification import verify as verify_cache
-from ddk_pipe.pipeline.manifest.project import load_project
-from ddk_pipe.pipeline.storage.folders import Folder, is_url, open_folder
-from ddk_pipe.stages.common.progress import say, track
-from ddk_pipe.stages.common.tables import new_table, terminal
+from ddk_pipe.pipeline.cache import Report, SplitReport, all_shards, read_spec, uncommitted
+from ddk_pipe.pipeline.cache import verify as verify_cache
+from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
+from ddk_pipe.stages.common import new_table, say, terminal, track
 
 NAMED = 5  # of many alike, so many are named
 

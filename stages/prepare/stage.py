@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import DatasetSource, Domain, Source
-from ddk_pipe.pipeline.manifest.project import Project
+from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
 from ddk_pipe.pipeline.models import load_tokenizer
-from ddk_pipe.pipeline.text.sources import Document, documents, find_files
-from ddk_pipe.pipeline.text.tokens import (
+from ddk_pipe.pipeline.text import (
     SPLITS,
     TOKENS_VERSION,
     TRAIN,
     VALIDATION,
+    Document,
     Encoder,
     Split,
     SplitWriter,
+    documents,
+    find_files,
     open_split,
     pack,
     tokenizer_digest,
     tokenizer_size,
 )
-from ddk_pipe.stages.common.progress import say, track
+from ddk_pipe.stages.common import say, track
 
 HASH_RANGE = 1 << 32  # Document.fingerprint is below
 

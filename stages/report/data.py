@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.cache.reader import committed, read_spec
+from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import load_sweep
-from ddk_pipe.pipeline.storage.folders import Folder
-from ddk_pipe.stages.common.record import RunRecord, is_run, load_run
-from ddk_pipe.stages.sweep.record import read_record
-from ddk_pipe.stages.sweep.stop import STOPPED
-from ddk_pipe.stages.sweep.table import note_of, read_note
+from ddk_pipe.pipeline.manifest import load_sweep
+from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.stages.common import RunRecord, is_run, load_run
+from ddk_pipe.stages.sweep import STOPPED, note_of, read_note, read_record
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ddk_pipe.stages.common.record import RunRecord
-from ddk_pipe.stages.common.tables import perplexity
+from ddk_pipe.stages.common import RunRecord, perplexity
 from ddk_pipe.stages.report.data import Group, Report
 
 COLOURS = (  # after Okabe and Ito: told apart by the colour-blind, and on white as on black

@@ -9,16 +9,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 import ddk_pipe
+from ddk_pipe.stages.common import TableData, domain_rows, evaluation_tables
 from ddk_pipe.stages.report.data import Report, run_facts, state_of
 from ddk_pipe.stages.report.figures import INK, Picture
-from ddk_pipe.stages.report.tables import (
-    TableData,
-    answer,
-    domain_rows,
-    evaluation_tables,
-    ranking_rows,
-    stopped_rows,
-)
+from ddk_pipe.stages.report.tables import answer, ranking_rows, stopped_rows
 
 
 def page(report: Report, pictures: list[Picture]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common.progress import say
+from ddk_pipe.stages.common import say
 from ddk_pipe.stages.report.data import load_report
 from ddk_pipe.stages.report.tables import show
 

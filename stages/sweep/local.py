@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from ddk_pipe.stages.common.progress import say
-from ddk_pipe.stages.common.stopping import GRACE_SECONDS, gone_in_time, stops_in_time
+from ddk_pipe.stages.common import GRACE_SECONDS, gone_in_time, say, stops_in_time
 from ddk_pipe.stages.sweep.run import Job, Outcome, run_one
 
 Report = Callable[[Outcome], None]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.stages.common.progress import say
-from ddk_pipe.stages.common.ray_cluster import connect
+from ddk_pipe.stages.common import connect, say
 from ddk_pipe.stages.sweep.run import Job, Outcome, run_one
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.manifest.sweep import RunSpec, Sweep
+from ddk_pipe.pipeline.manifest import Project, RunSpec, Sweep
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.sweep.run import cache_digest
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ddk_pipe.pipeline.cache.reader import CacheSpec, read_spec
+from ddk_pipe.pipeline.cache import CacheSpec, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.manifest.sweep import RunSpec
+from ddk_pipe.pipeline.manifest import Project, RunSpec
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.targets.selection import Plan
-from ddk_pipe.stages.common.machine import prepare_cpu
-from ddk_pipe.stages.common.stopping import StoppedEarly
+from ddk_pipe.pipeline.targets import Plan
+from ddk_pipe.stages.common import StoppedEarly, prepare_cpu
 from ddk_pipe.stages.sweep.stop import Judge
 
 Status = Literal["finished", "failed", "stopped early", "cache changed"]
@@ -106,7 +104,7 @@ def _train(job: Job) -> None:
     prepare_cpu()
     import torch
 
-    from ddk_pipe.stages.distill.run import distill
+    from ddk_pipe.stages.distill import distill
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import Dimension, Search
+from ddk_pipe.pipeline.manifest import Dimension, Search
 
 ATTEMPTS = 100  # proposals that were tried already before the space counts as used up
 DIGITS = 4  # of a proposed number: names and commands stay readable

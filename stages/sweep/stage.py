@@ -13,11 +13,9 @@ from pathlib import Path
 import typer
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import Sweep, load_sweep
+from ddk_pipe.pipeline.manifest import Sweep, load_sweep
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common.progress import say
-from ddk_pipe.stages.common.stopping import stops_in_time
-from ddk_pipe.stages.common.tables import new_table, terminal
+from ddk_pipe.stages.common import new_table, say, stops_in_time, terminal
 from ddk_pipe.stages.sweep.record import cache_changed, write_record
 from ddk_pipe.stages.sweep.run import Job, Outcome
 from ddk_pipe.stages.sweep.search import need_optuna, propose

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.manifest.sweep import RunSpec, Sweep
-from ddk_pipe.stages.common.progress import clock
-from ddk_pipe.stages.distill.checks import windows_per_step
+from ddk_pipe.pipeline.manifest import Project, RunSpec, Sweep
+from ddk_pipe.stages.common import clock
+from ddk_pipe.stages.distill import windows_per_step
 from ddk_pipe.stages.sweep.record import finished_tokens_per_second, trials_before
 from ddk_pipe.stages.sweep.search import Trial
 from ddk_pipe.stages.sweep.stop import STOPPED, Judge

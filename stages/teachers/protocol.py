@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
+from ddk_pipe.pipeline.targets import Plan, Selected
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from caches import fill
 from disks import mounted, unmount
 from faults import Judge, small_spec
 
-from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.storage import LocalFolder
 
 
 @pytest.fixture

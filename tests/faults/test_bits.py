@@ -9,21 +9,12 @@ import pytest
 from caches import fill, make_plan, make_spec
 from faults import Judge
 
-from ddk_pipe.pipeline.cache.reader import (
-    CacheReader,
-    CacheSpec,
-    Codecs,
-    Shard,
-    ShardRecord,
-    SplitSize,
-    group_of,
-    read_record,
-    read_spec,
-)
+from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, Shard, ShardRecord, SplitSize, group_of, read_spec
+from ddk_pipe.pipeline.cache.reader import Codecs, read_record
 from ddk_pipe.pipeline.cache.shard import open_windows
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.text import TRAIN
 
 SHARD = Shard("code", TRAIN, 0, 0, 1)
 

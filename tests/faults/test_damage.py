@@ -18,11 +18,11 @@ import zarr
 from caches import fill, group_path, resealed
 from faults import FIRST, SECOND, Judge, flip, rechunk, reseal_record, small_spec, swap
 
-from ddk_pipe.pipeline.cache.reader import CacheReader, CacheWriter, SplitSize, read_record, read_spec
-from ddk_pipe.pipeline.cache.verification import verify
+from ddk_pipe.pipeline.cache import CacheReader, CacheWriter, SplitSize, read_spec, verify
+from ddk_pipe.pipeline.cache.reader import read_record
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.text import TRAIN
 
 
 def chunks(folder: LocalFolder, array: str = "tokens") -> Path:

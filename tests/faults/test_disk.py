@@ -16,11 +16,9 @@ from faults import FIRST, SECOND, Judge, limited_write, read_with_few_files, sma
 from tiny import write_project
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import CacheReader
-from ddk_pipe.pipeline.cache.verification import verify
+from ddk_pipe.pipeline.cache import CacheReader, verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.storage import LocalFolder, durable
 from ddk_pipe.stages.cli.app import app
 
 PAGE = 4096

@@ -24,10 +24,10 @@ from faults import (
 )
 from tiny import write_project
 
-from ddk_pipe.pipeline.cache.reader import Shard
-from ddk_pipe.pipeline.cache.verification import STALE_SECONDS, verify
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.stages.common.stopping import GRACE_SECONDS
+from ddk_pipe.pipeline.cache import Shard, verify
+from ddk_pipe.pipeline.cache.verification import STALE_SECONDS
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.stages.common import GRACE_SECONDS
 
 KILLS = 20
 

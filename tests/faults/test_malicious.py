@@ -36,9 +36,9 @@ from faults import (
     verifying,
 )
 
-from ddk_pipe.pipeline.cache.verification import verify
+from ddk_pipe.pipeline.cache import verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.storage import LocalFolder
 
 HARMLESS = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev/null", "/dev/urandom", "/etc/localtime")
 SOURCES = str(Path(__file__).parents[2])

@@ -24,11 +24,10 @@ from faults import (
     write_pending,
 )
 
-from ddk_pipe.pipeline.cache.reader import CacheReader, SplitSize, all_shards
-from ddk_pipe.pipeline.cache.verification import verify
+from ddk_pipe.pipeline.cache import CacheReader, SplitSize, all_shards, verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LocalFolder
-from ddk_pipe.pipeline.text.tokens import TRAIN
+from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.text import TRAIN
 
 
 def test_two_processes_write_the_same_shards(judge: Judge, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from faults import (
 from proxy import Proxy
 from s3 import new_prefix, together
 
-from ddk_pipe.pipeline.cache.reader import CacheReader, Shard, all_shards, read_record
-from ddk_pipe.pipeline.cache.verification import verify
+from ddk_pipe.pipeline.cache import CacheReader, Shard, all_shards, verify
+from ddk_pipe.pipeline.cache.reader import read_record
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import LocalFolder, ObjectFolder
+from ddk_pipe.pipeline.storage import LocalFolder, ObjectFolder
 
 RETRY_SECONDS = 1.0
 

@@ -25,10 +25,11 @@ from runs import assert_same_bits
 from tiny import write_project
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.manifest.project import load_project
+from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.cli.app import app, main
-from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.step import Stepper
 from ddk_pipe.stages.distill.world import World, join_world
 

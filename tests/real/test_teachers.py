@@ -16,11 +16,10 @@ from engines import select_elsewhere
 from quantised import AWQ, quantise, say_quantised
 from tiny import make_model
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
 from ddk_pipe.pipeline.models import weights_digest
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected
 from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
 
 pytestmark = [

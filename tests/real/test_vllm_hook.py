@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
-from ddk_pipe.pipeline.targets.selection import Plan, select_logits
+from ddk_pipe.pipeline.targets import Plan, select_logits
 from ddk_pipe.stages.teachers import open_teacher
 from ddk_pipe.stages.teachers.hf import HfTeacher
 from ddk_pipe.stages.teachers.vllm import engine

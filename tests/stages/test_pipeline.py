@@ -21,21 +21,22 @@ from tiny import MakeProject, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import CacheReader
+from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.measures import target_entropy
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.storage.folders import open_folder
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
-from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION, open_split
-from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+from ddk_pipe.pipeline.losses import target_entropy
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.storage import open_folder
+from ddk_pipe.pipeline.targets import SparseTargets
+from ddk_pipe.pipeline.text import TRAIN, VALIDATION, open_split
+from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.cli.app import app
-from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill import distill, teacher_ce
+from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.schedules import learning_rate
-from ddk_pipe.stages.distill.sources import CacheSource, teacher_ce
+from ddk_pipe.stages.distill.sources import CacheSource
 from ddk_pipe.stages.distill.students import build_student
-from ddk_pipe.stages.inspect.stage import inspect
-from ddk_pipe.stages.prepare.stage import prepare
+from ddk_pipe.stages.inspect import inspect
+from ddk_pipe.stages.prepare import prepare
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -405,8 +406,8 @@ def test_kept_layers_are_the_teachers(project: Project, tiny_teacher: Path) -> N
 
 
 def test_target_entropy_turns_kl_into_cross_entropy() -> None:
-    from ddk_pipe.pipeline.losses.chunked import sparse_kd_reference
-    from ddk_pipe.pipeline.targets.sparse import SparseTargets
+    from ddk_pipe.pipeline.losses import sparse_kd_reference
+    from ddk_pipe.pipeline.targets import SparseTargets
 
     weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
     targets = SparseTargets(

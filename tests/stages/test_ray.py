@@ -18,8 +18,8 @@ from same_bytes import groups, shard_contents
 from tiny import MakeProject, break_weights
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.stages.cache_teacher.stage import Request, cache_teacher
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.stages.cache_teacher import Request, cache_teacher
 
 pytestmark = [
     pytest.mark.slow,

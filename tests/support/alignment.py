@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ddk_pipe.pipeline.targets.selection import Selected
+from ddk_pipe.pipeline.targets import Selected
 
 STEP = 1e-4  # float32 models: one pass over a window against one pass per prefix
 

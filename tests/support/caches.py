@@ -8,26 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_pipe.pipeline.cache.reader import (
+from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,
     CacheWriter,
-    Codecs,
     Shard,
     ShardRecord,
     SplitSize,
     all_shards,
     group_of,
-    read_record,
     read_spec,
-    verify_shard,
 )
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION, labels_of
+from ddk_pipe.pipeline.cache.reader import Codecs, read_record, verify_shard
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected, select_logits
+from ddk_pipe.pipeline.text import TRAIN, VALIDATION, labels_of
 
 VOCAB, SEQ_LEN = 90, 12
 SIZES = {TRAIN: SplitSize(10, 4, "train-digest"), VALIDATION: SplitSize(3, 4, "validation-digest")}

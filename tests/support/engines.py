@@ -7,9 +7,9 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from ddk_pipe.pipeline.manifest import fields as manifest
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.stages.common.machine import prepare_cpu
+from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.targets import Plan, Selected
+from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.teachers import Window, open_teacher
 from ddk_pipe.stages.teachers.vllm.worker import Packed, pack, unpack
 

@@ -22,27 +22,24 @@ import google_crc32c
 import numpy as np
 from caches import fill, group_path, make_plan, make_spec, numbers, open_writer, resealed, write_shard
 
-from ddk_pipe.pipeline.cache.arrays import BLOSC_HEADER, _Array, write_group
-from ddk_pipe.pipeline.cache.reader import (
-    SCHEMA_VERSION,
+from ddk_pipe.pipeline.cache import (
     CachedWindow,
     CacheReader,
     CacheSpec,
     CacheWriter,
-    Codecs,
     Shard,
     SplitSize,
     all_shards,
     group_of,
-    read_record,
     read_spec,
+    verify,
 )
+from ddk_pipe.pipeline.cache.arrays import BLOSC_HEADER, _Array, write_group
+from ddk_pipe.pipeline.cache.reader import SCHEMA_VERSION, Codecs, read_record
 from ddk_pipe.pipeline.cache.shard import ShardWindows, checks_text
-from ddk_pipe.pipeline.cache.verification import verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, ObjectFolder
-from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, durable
+from ddk_pipe.pipeline.text import TRAIN, VALIDATION
 
 SIZES = {TRAIN: SplitSize(8, 2, "train-digest"), VALIDATION: SplitSize(2, 2, "validation-digest")}
 FIRST, SECOND = Shard("code", TRAIN, 0, 0, 2), Shard("code", TRAIN, 1, 2, 2)

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.chunked import sparse_kd_reference
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.losses import sparse_kd_reference
+from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
 GAMMA = 0.7
 INF = float("inf")

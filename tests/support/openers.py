@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
+from ddk_pipe.pipeline.targets import Plan, Selected
 from ddk_pipe.stages.teachers import Teacher, Window, open_teacher
 
 

@@ -21,7 +21,7 @@ import torch
 from kernel_cases import GAMMA, INF, Cases, Findings
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
 LOSS_BOUND = 2e-6  # given the same rounded operands, in every dtype
 # float16: the logit gradients are rounded before the last two products.

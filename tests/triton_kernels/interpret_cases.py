@@ -28,7 +28,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.sparse import PADDING_ID
+from ddk_pipe.pipeline.targets import PADDING_ID
 
 LOSS_BOUND = 1e-6  # given the same rounded logits, in every dtype
 # The rounding of the store; the interpreter cuts bfloat16 off where a GPU rounds.

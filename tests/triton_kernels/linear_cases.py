@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ddk_pipe.pipeline.losses import chunked as losses
-from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd, sparse_kd_reference
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.losses import linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 
 def problem(

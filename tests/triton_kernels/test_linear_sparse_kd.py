@@ -9,8 +9,8 @@ import pytest
 import torch
 from interpreter import needs_triton, results
 
-from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.losses import linear_sparse_kd
+from ddk_pipe.pipeline.targets import SparseTargets
 
 BOUND = 2e-6  # float32, as for the path in torch
 

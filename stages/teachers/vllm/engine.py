@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
 from ddk_pipe.pipeline.models import read_config, text_config
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
-from ddk_pipe.stages.common.machine import pick_device, pick_dtype
+from ddk_pipe.pipeline.targets import PADDING_ID, Plan, Selected, SparseTargets
+from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
+from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
 from ddk_pipe.stages.teachers.vllm.worker import unpack
 
 OLDEST = (0, 24)  # both runners have had the same two methods since (facts of their sources, up to 0.33)
@@ -223,32 +223,6 @@ def _class(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:  # of what only another platform has
         return None
-
-
-def check_capture(options: manifest.Teacher, plan: Plan) -> None:
-    """Raises DdkError where prompt_logprobs cannot give what the plan asks for."""
-    if options.vllm.capture != "prompt_logprobs":
-        return
-    if not plan.has_tail:
-        raise DdkError(
-            f"cache.scheme: {plan.scheme} needs the whole distribution, which vLLM's prompt_logprobs does not give",
-            hint="set teacher.vllm.capture: worker, or scheme: topk or threshold",
-        )
-    if plan.temperatures != (1.0,):
-        raise DdkError(
-            "cache.temperatures: vLLM's prompt_logprobs gives T = 1 only",
-            hint="set teacher.vllm.capture: worker, or temperatures: [1.0]",
-        )
-
-
-def check_head(options: manifest.Teacher, head_size: int, vocab_size: int) -> None:
-    """Raises DdkError where prompt_logprobs would give the padding of the output layer a share of the mass."""
-    if options.vllm.capture == "prompt_logprobs" and vocab_size < head_size:
-        raise DdkError(
-            f"teacher.vllm.capture: the teacher predicts {head_size:,} tokens, the tokenizer has {vocab_size:,}, and"
-            " vLLM's prompt_logprobs cannot be cut to them",
-            hint="set teacher.vllm.capture: worker",
-        )
 
 
 def set_environment(device: torch.device, options: manifest.Teacher) -> None:

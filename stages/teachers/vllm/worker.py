@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, head_rows, join, select_logits
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets import Plan, Selected, SparseTargets, head_rows, join, select_logits
 
 Packed = list[tuple[list[int], str, bytes]]  # shape, dtype and content: crosses processes without pickle
 LogitsOf = Callable[[Tensor], Tensor | None]

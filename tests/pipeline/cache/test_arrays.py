@@ -14,8 +14,8 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import Expected, ShardReader, parse_width, settle_writes, write_group
-from ddk_pipe.pipeline.storage.folders import LocalFolder
+from ddk_pipe.pipeline.cache.arrays import Expected, ShardReader, parse_width, write_group
+from ddk_pipe.pipeline.storage import LocalFolder, settle_writes
 
 WINDOWS = 5
 RNG = np.random.default_rng(0)

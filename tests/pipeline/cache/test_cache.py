@@ -35,30 +35,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from s3 import together
 
-from ddk_pipe.pipeline.cache import reader as cache_module
-from ddk_pipe.pipeline.cache.reader import (
+from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheWriter,
-    Codecs,
     Shard,
     ShardRecord,
     SplitSize,
     all_shards,
-    check_shard,
     committed,
     group_of,
-    read_ranks,
-    read_record,
     read_spec,
     shards_of,
-    verify_shard,
 )
+from ddk_pipe.pipeline.cache import reader as cache_module
+from ddk_pipe.pipeline.cache.reader import Codecs, check_shard, read_ranks, read_record, verify_shard
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, ObjectFolder, open_folder
-from ddk_pipe.pipeline.targets.codec import Context, Ranks, encode_log
-from ddk_pipe.pipeline.targets.selection import Plan, select_logits
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import TRAIN, labels_of
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, open_folder
+from ddk_pipe.pipeline.targets import NO_LABEL, Context, Plan, Ranks, encode_log, select_logits
+from ddk_pipe.pipeline.text import TRAIN, labels_of
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ddk_pipe.pipeline.cache.dataset import CachedWindows, DomainBatches, collate
-from ddk_pipe.pipeline.cache.reader import CacheReader
+from ddk_pipe.pipeline.cache import CachedWindows, CacheReader, DomainBatches, collate
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.mixing.sampler import DomainSampler
-from ddk_pipe.pipeline.storage.folders import open_folder
+from ddk_pipe.pipeline.mixing import DomainSampler
+from ddk_pipe.pipeline.storage import open_folder
 
 
 @pytest.fixture(scope="module")

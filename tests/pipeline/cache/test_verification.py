@@ -14,28 +14,28 @@ import numpy as np
 import pytest
 from caches import fill, make_plan, make_spec
 
-from ddk_pipe.pipeline.cache import shard as cache_shard
-from ddk_pipe.pipeline.cache import spec as cache_spec
-from ddk_pipe.pipeline.cache import verification as cache_verify
-from ddk_pipe.pipeline.cache.reader import (
+from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,
+    Report,
     Shard,
     SplitSize,
     all_shards,
     committed,
     group_of,
-    read_ranks,
-    read_record,
     read_spec,
+    verify,
 )
+from ddk_pipe.pipeline.cache import shard as cache_shard
+from ddk_pipe.pipeline.cache import spec as cache_spec
+from ddk_pipe.pipeline.cache import verification as cache_verify
+from ddk_pipe.pipeline.cache.reader import read_ranks, read_record
 from ddk_pipe.pipeline.cache.spec import ranks_bytes
-from ddk_pipe.pipeline.cache.verification import STALE_SECONDS, Report, verify
+from ddk_pipe.pipeline.cache.verification import STALE_SECONDS
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, open_folder
-from ddk_pipe.pipeline.targets.codec import Ranks
-from ddk_pipe.pipeline.text.tokens import TRAIN, VALIDATION
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable, open_folder
+from ddk_pipe.pipeline.targets import Ranks
+from ddk_pipe.pipeline.text import TRAIN, VALIDATION
 
 Content = dict[str, bytes]
 

@@ -17,11 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddk_pipe.pipeline.losses import SparseKdLoss, gradient_skip, linear_sparse_kd, sparse_kd_reference
 from ddk_pipe.pipeline.losses import chunked as losses
-from ddk_pipe.pipeline.losses import gradient_skip
-from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
 from ddk_pipe.pipeline.losses.gradient_skip import GradientSkip, Survivors, expected_share
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.targets import NO_LABEL, PADDING_ID, SparseTargets
 
 NEG_INF = float("-inf")
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd, measures, sparse_kd_reference
 from ddk_pipe.pipeline.losses import dense as dense_kd
-from ddk_pipe.pipeline.losses import measures
-from ddk_pipe.pipeline.losses.chunked import Direction, sparse_kd_reference
-from ddk_pipe.pipeline.losses.dense import DenseTargets, linear_dense_kd
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
+from ddk_pipe.pipeline.losses.chunked import Direction
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 N, D, V, K = 41, 8, 101, 5
 

@@ -24,10 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from ddk_pipe.pipeline.losses import gradient_skip
-from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, linear_sparse_kd
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
-from ddk_pipe.stages.distill.students import DistillStudent
+from ddk_pipe.pipeline.losses import SparseKdLoss, gradient_skip, linear_sparse_kd
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
+from ddk_pipe.stages.distill import DistillStudent
 
 RANKS = 2
 VOCAB, WIDTH, LAYERS, WINDOWS, LENGTH, KEPT = 203, 24, 2, 4, 12, 7

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
-from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
+from ddk_pipe.pipeline.losses import SparseKdLoss, linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.targets import PADDING_ID, SparseTargets
 
 N, V, D, K = 12, 101, 7, 6
 NEG_INF = float("-inf")

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ddk_pipe.pipeline.manifest.fields import Domain, Manifest, Teacher, section_in
+from ddk_pipe.pipeline.manifest import Domain, Manifest, Teacher
+from ddk_pipe.pipeline.manifest.fields import section_in
 
 
 def test_values_never_change() -> None:

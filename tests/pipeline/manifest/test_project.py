@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import DatasetSource
-from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.manifest import DatasetSource, Project, load_project
 
 SMALLEST = "domains: {a: {train: a.jsonl}}\nteacher: {model: t}\n"
 

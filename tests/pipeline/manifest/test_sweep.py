@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import Sweep, describe, load_sweep
+from ddk_pipe.pipeline.manifest import Sweep, load_sweep
+from ddk_pipe.pipeline.manifest.sweep import describe
 
 
 def write(folder: Path, **values: Any) -> Sweep:

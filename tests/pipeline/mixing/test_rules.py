@@ -10,20 +10,22 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.mixing.rules import (
+from ddk_pipe.pipeline.mixing import (
     RULES,
     FloatArray,
     InitialDraw,
     Rule,
     check_weights,
-    ddk,
     ddk_initial,
+    initial_weights,
+    make_rule,
+)
+from ddk_pipe.pipeline.mixing.rules import (
+    ddk,
     ddk_unsmoothed,
     doremi,
     gap_softmax,
-    initial_weights,
     learnability,
-    make_rule,
     natural,
     sheared,
     uniform,

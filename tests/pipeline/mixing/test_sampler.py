@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.mixing import DomainSampler, rank_slice
 from ddk_pipe.pipeline.mixing import sampler as sampler_module
-from ddk_pipe.pipeline.mixing.sampler import DomainSampler, rank_slice
 
 Order = NDArray[np.int64]
 PATIENT = settings(deadline=None)  # a busy host is no failure

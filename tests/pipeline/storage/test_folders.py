@@ -9,8 +9,7 @@ import pytest
 from s3 import together
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.pipeline.storage.folders import Folder, LocalFolder, ObjectFolder, digest_of, open_folder
+from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, digest_of, durable, open_folder
 
 
 def test_files_are_read_as_they_were_written(place: Folder) -> None:

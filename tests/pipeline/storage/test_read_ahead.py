@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ddk_pipe.pipeline.storage.read_ahead import prefetch
+from ddk_pipe.pipeline.storage import prefetch
 
 
 def workers() -> int:

@@ -6,21 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.targets.codec import (
+from ddk_pipe.pipeline.targets import (
     LEVELS,
     LOG_STEPS,
     NO_LOG,
     Codec,
     Context,
+    Plan,
     Planes,
     Ranks,
-    _pack,
-    _unpack,
+    Selected,
+    SparseTargets,
     decode_log,
     encode_log,
+    select_logits,
 )
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets.codec import _pack, _unpack
 
 SCHEMES = ("pps", "threshold", "topk", "random")
 

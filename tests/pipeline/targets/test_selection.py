@@ -6,16 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.targets.selection import (
-    Plan,
-    head_rows,
-    join,
-    pps,
-    random_draws,
-    select_logits,
-    top_with_tail,
-)
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
+from ddk_pipe.pipeline.targets import Plan, SparseTargets, head_rows, join, select_logits, top_with_tail
+from ddk_pipe.pipeline.targets.selection import pps, random_draws
 
 PEAKED = [0.9, 0.05, 0.03, 0.01, 0.005, 0.005]
 FLAT = [1 / 600] * 600  # more than two blocks of the two-level draw

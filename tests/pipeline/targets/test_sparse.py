@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddk_pipe.pipeline.targets.sparse import SparseTargets, stack
+from ddk_pipe.pipeline.targets import SparseTargets, stack
 
 NONE = float("-inf")
 

@@ -13,9 +13,8 @@ import zstandard
 from tiny import write_jsonl
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Domain, Manifest
-from ddk_pipe.pipeline.manifest.project import Project
-from ddk_pipe.pipeline.text.sources import Document, documents, find_files
+from ddk_pipe.pipeline.manifest import Domain, Manifest, Project
+from ddk_pipe.pipeline.text import Document, documents, find_files
 
 ROWS = [{"text": "eins"}, {"text": "zwei 二"}, {"text": "drei\n"}]
 

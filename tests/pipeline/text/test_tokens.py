@@ -11,16 +11,16 @@ from tiny import make_tokenizer
 from transformers import AutoTokenizer
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.text.sources import Document
-from ddk_pipe.pipeline.text.tokens import (
+from ddk_pipe.pipeline.text import (
+    Document,
     Encoder,
     SplitWriter,
-    batches,
     labels_of,
     open_split,
     pack,
     tokenizer_digest,
 )
+from ddk_pipe.pipeline.text.tokens import batches
 
 CHAT = [
     {"role": "system", "content": "Be short."},

@@ -14,12 +14,11 @@ from caches import make_plan
 from tiny import MakeProject
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import committed, read_spec
-from ddk_pipe.pipeline.manifest.project import load_project
-from ddk_pipe.pipeline.targets.codec import Codec, Context, Ranks, encode_log
-from ddk_pipe.pipeline.targets.selection import Plan, select
-from ddk_pipe.pipeline.targets.sparse import SparseTargets
-from ddk_pipe.stages.cache_teacher.estimates import TAUS, added_noise, estimate, size_text
+from ddk_pipe.pipeline.cache import committed, read_spec
+from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select
+from ddk_pipe.stages.cache_teacher import estimate
+from ddk_pipe.stages.cache_teacher.estimates import TAUS, added_noise, size_text
 from ddk_pipe.stages.cli.app import app
 
 ROWS, VOCAB = 6000, 300
@@ -96,7 +95,7 @@ def project(make_project: MakeProject) -> Path:
 @pytest.mark.slow
 def test_sizes_are_those_of_the_cache(project: Path) -> None:
     """Estimated from a part of the windows, against the cache that cache-teacher then writes."""
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.cache_teacher import cache_teacher
 
     loaded = load_project(project)
     found = estimate(loaded, windows=20)

@@ -23,15 +23,14 @@ from tiny import MakeProject, break_weights, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import CacheReader, CacheWriter
+from ddk_pipe.pipeline.cache import CacheReader, CacheWriter
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.text.tokens import VALIDATION
-from ddk_pipe.stages.cache_teacher import local, maker
-from ddk_pipe.stages.cache_teacher.stage import Request, cache_teacher
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.text import VALIDATION
+from ddk_pipe.stages.cache_teacher import Request, cache_teacher, local, maker
 from ddk_pipe.stages.cache_teacher.status import StatusStream
 from ddk_pipe.stages.cli.app import app
-from ddk_pipe.stages.distill.run import distill
+from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.teachers import Window
 
 

@@ -75,7 +75,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_init_writes_a_manifest_that_parses_and_never_overwrites(tmp_path: Path) -> None:
-    from ddk_pipe.pipeline.manifest.project import load_project
+    from ddk_pipe.pipeline.manifest import load_project
 
     path = tmp_path / "m.yaml"
     assert call("init", path)[0] == 0

@@ -20,9 +20,9 @@ from tiny import MakeProject, write_jsonl, write_project
 from torch.distributed.tensor import DTensor
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.distill.run import Position, Run
 from ddk_pipe.stages.distill.world import World, join_world
 

@@ -19,10 +19,11 @@ from runs import assert_same_bits, order_of, rows_of, weights_of
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import load_project
+from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
+from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.checkpoints import _Unpickler
-from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.step import Stepper
 
 STEPS, INTERVAL, CHECKPOINT = 14, 5, 2
@@ -152,7 +153,7 @@ def test_keep_last_and_keep_best(cached: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_sigterm_saves_and_says_143(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddk_pipe.stages.common.stopping import Terminated
+    from ddk_pipe.stages.common import Terminated
 
     stop_at(monkeypatch, 3, signal.SIGTERM)
     monkeypatch.setattr("ddk_pipe.stages.common.stopping._leave_after", lambda *_: None)

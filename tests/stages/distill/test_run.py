@@ -18,13 +18,14 @@ from tiny import MakeProject, make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Distill
-from ddk_pipe.pipeline.manifest.project import load_project
+from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.pipeline.mixing.rules import ddk, ddk_initial, learnability
+from ddk_pipe.pipeline.mixing import ddk_initial
+from ddk_pipe.pipeline.mixing.rules import ddk, learnability
 from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.checks import lopsided
-from ddk_pipe.stages.distill.run import Run, distill
+from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.schedules import gamma_at, learning_rate
 from ddk_pipe.stages.distill.show import weight_lines
 from ddk_pipe.stages.distill.trackers import folder_of
@@ -104,7 +105,7 @@ def test_training_stops_when_every_gap_is_below_the_threshold(cached: Path) -> N
 @pytest.mark.slow
 def test_one_domain_is_enough(make_project: MakeProject) -> None:
     manifest = make_project(domains={"code": {"train": "text/code.jsonl"}})
-    from ddk_pipe.stages.cache_teacher.stage import cache_teacher
+    from ddk_pipe.stages.cache_teacher import cache_teacher
 
     cache_teacher(load_project(manifest))
     _, folder = run(manifest)
@@ -366,7 +367,7 @@ def test_a_dry_run_imports_no_torch_and_writes_nothing(make_project: MakeProject
     ],
 )
 def test_a_dry_run_refuses_what_distill_would(make_project: MakeProject, override: str, message: str) -> None:
-    from ddk_pipe.stages.distill.dry_run import describe
+    from ddk_pipe.stages.distill import describe
 
     with pytest.raises(DdkError, match=message):
         describe(load_project(make_project(), [override]))

@@ -11,12 +11,11 @@ from tiny import MakeProject
 from torch import Tensor
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.losses.chunked import SparseKdLoss, sparse_kd_reference
-from ddk_pipe.pipeline.manifest.fields import Student
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL, SparseTargets
-from ddk_pipe.stages.distill.run import distill
-from ddk_pipe.stages.distill.students import DistillStudent, build_student, logit_softcap
+from ddk_pipe.pipeline.losses import SparseKdLoss, sparse_kd_reference
+from ddk_pipe.pipeline.manifest import Project, Student, load_project
+from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
+from ddk_pipe.stages.distill import DistillStudent, distill, logit_softcap
+from ddk_pipe.stages.distill.students import build_student
 
 VOCAB, WINDOWS, SEQ_LEN, KEPT = 64, 2, 9, 4
 GEMMA = {

@@ -15,15 +15,16 @@ from tiny import make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import CacheReader
+from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import Project, load_project
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
-from ddk_pipe.pipeline.text.tokens import VALIDATION
+from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.targets import NO_LABEL
+from ddk_pipe.pipeline.text import VALIDATION
 from ddk_pipe.stages.cli.app import app
-from ddk_pipe.stages.distill.run import distill
-from ddk_pipe.stages.evaluate.stage import Request, evaluate, label_bytes
-from ddk_pipe.stages.report.stage import report
+from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.evaluate import Request, evaluate
+from ddk_pipe.stages.evaluate.stage import label_bytes
+from ddk_pipe.stages.report import report
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.project import load_project
+from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.stages.cli.app import app
-from ddk_pipe.stages.distill.run import distill
-from ddk_pipe.stages.export.card import CardOptions
-from ddk_pipe.stages.export.stage import Target, export
+from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.export import CardOptions, Target, export
 
 
 @pytest.fixture

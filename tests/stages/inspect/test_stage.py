@@ -9,8 +9,8 @@ import pytest
 from caches import fill, make_plan, make_spec
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache.reader import committed
-from ddk_pipe.pipeline.storage.folders import LocalFolder, open_folder
+from ddk_pipe.pipeline.cache import committed
+from ddk_pipe.pipeline.storage import LocalFolder, open_folder
 from ddk_pipe.stages.cli.app import app
 
 runner = CliRunner()

@@ -10,7 +10,7 @@ import pytest
 from caches import fill, make_plan, make_spec
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.storage.folders import open_folder
+from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.stages.cli.app import app
 
 runner = CliRunner()

@@ -13,11 +13,11 @@ from sweeps import project_without_teacher, results, write_sweep
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import Search
+from ddk_pipe.pipeline.manifest import Search
 from ddk_pipe.stages.cli.app import app
 from ddk_pipe.stages.report.data import load_report
+from ddk_pipe.stages.sweep import Request, status, sweep
 from ddk_pipe.stages.sweep.search import Trial, Values, propose
-from ddk_pipe.stages.sweep.stage import Request, status, sweep
 
 optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None, reason="optuna is not installed: `make setup`"

@@ -14,10 +14,10 @@ from sweeps import project_without_teacher, results, start, wait_for, write_swee
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.sweep import load_sweep
+from ddk_pipe.pipeline.manifest import load_sweep
 from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.sweep import Request, sweep
 from ddk_pipe.stages.sweep.run import Job, run_one
-from ddk_pipe.stages.sweep.stage import Request, sweep
 
 GRID: dict[str, Any] = {"grid": {"distill.mixing": ["ddk", "natural"]}, "seeds": [0, 1]}
 

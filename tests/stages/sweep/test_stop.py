@@ -10,9 +10,9 @@ import pytest
 from sweeps import project_without_teacher, results, write_sweep
 
 from ddk_pipe.pipeline.metrics import Record
+from ddk_pipe.stages.report import report
 from ddk_pipe.stages.report.data import load_report
-from ddk_pipe.stages.report.stage import report
-from ddk_pipe.stages.sweep.stage import Request, sweep
+from ddk_pipe.stages.sweep import Request, sweep
 from ddk_pipe.stages.sweep.stop import Judge
 
 

@@ -16,11 +16,10 @@ from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import fields as manifest
 from ddk_pipe.pipeline.models import head_is_plain
-from ddk_pipe.pipeline.targets.selection import Plan, Selected
-from ddk_pipe.pipeline.targets.sparse import NO_LABEL
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected
 from ddk_pipe.stages.teachers import Window, choose_backend, open_teacher
 from ddk_pipe.stages.teachers.hf import Head, HfTeacher, check_placed, choose_spread
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Teacher, VllmOptions
-from ddk_pipe.pipeline.targets.selection import Plan, Selected, select_logits
-from ddk_pipe.stages.teachers.vllm.engine import check_capture, check_head
+from ddk_pipe.pipeline.manifest import Teacher
+from ddk_pipe.pipeline.manifest.fields import VllmOptions
+from ddk_pipe.pipeline.targets import Plan, Selected, select_logits
+from ddk_pipe.stages.teachers import check_capture, check_head
 from ddk_pipe.stages.teachers.vllm.worker import (
     Collector,
     SelectionExtension,

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddk_pipe.pipeline.manifest.project import load_project
-from ddk_pipe.pipeline.manifest.reference import STARTER, reference
+from ddk_pipe.pipeline.manifest import STARTER, load_project, reference
 
 
 def test_starter_parses(tmp_path: Path) -> None:

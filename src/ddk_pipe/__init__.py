@@ -35,13 +35,11 @@ __all__ = [
     "sparse_kd_reference",
 ]
 _HOMES = {
-    "cache": ("CacheReader",),
-    "dataset": ("CachedWindows", "DomainBatches", "collate"),
+    "cache": ("CacheReader", "CachedWindows", "DomainBatches", "collate"),
     "errors": ("DdkError",),
     "losses": ("SparseKdLoss", "linear_sparse_kd", "sparse_kd_reference"),
-    "mixing": ("RULES", "ddk_initial", "initial_weights", "make_rule"),
-    "project": ("load_project",),
-    "sampler": ("DomainSampler",),
+    "manifest": ("load_project",),
+    "mixing": ("DomainSampler", "RULES", "ddk_initial", "initial_weights", "make_rule"),
     "targets": ("SparseTargets",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

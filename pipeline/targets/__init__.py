@@ -3,19 +3,9 @@
 Selection and codec are arithmetic; where the bytes go is the cache's business.
 """
 
-from ddk_pipe.pipeline.targets.codec import (
-    LEVELS,
-    LOG_STEPS,
-    MOST_ENTRIES,
-    MOST_PADDED,
-    NO_LOG,
-    Codec,
-    Context,
-    Planes,
-    Ranks,
-    decode_log,
-    encode_log,
-)
+from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, MOST_PADDED, Codec
+from ddk_pipe.pipeline.targets.quantisers import LEVELS, LOG_STEPS, NO_LOG, decode_log, encode_log
+from ddk_pipe.pipeline.targets.ranks import Ranks
 from ddk_pipe.pipeline.targets.selection import (
     Plan,
     Selected,
@@ -26,6 +16,7 @@ from ddk_pipe.pipeline.targets.selection import (
     top_with_tail,
 )
 from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets, stack
+from ddk_pipe.pipeline.targets.window import Context, Planes
 
 __all__ = [
     "LEVELS",

@@ -3,20 +3,18 @@
 Nothing here knows a teacher.
 """
 
+from ddk_pipe.pipeline.text.encoding import Encoder, tokenizer_digest, tokenizer_size
 from ddk_pipe.pipeline.text.sources import Document, documents, find_files
-from ddk_pipe.pipeline.text.tokens import (
+from ddk_pipe.pipeline.text.windows import (
     SPLITS,
     TOKENS_VERSION,
     TRAIN,
     VALIDATION,
-    Encoder,
     Split,
     SplitWriter,
     labels_of,
     open_split,
     pack,
-    tokenizer_digest,
-    tokenizer_size,
 )
 
 __all__ = [

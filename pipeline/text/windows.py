@@ -1,10 +1,8 @@
-"""Documents -> packed windows per domain and split.
+"""Encoded documents -> packed windows per domain and split.
 
-Packing: documents follow one another, each closed by the tokenizer's EOS token, and are cut into windows of
-`seq_len` tokens; the last window is filled up with EOS. Attention runs over whole windows, as in ordinary
-pre-training: teacher and student see the same context, so cached targets stay exact. Loss: a token is a label
-if it is text or the EOS that closes it; the first token of a document is not (nothing before it announces
-it), nor is filling. In chats only the assistant's turns are labels. `loss_mask[t]` says whether token t is one.
+Packing: documents follow one another and are cut into windows of `seq_len` tokens; the last window is filled up with
+EOS, which is no label. Attention runs over whole windows, as in ordinary pre-training: teacher and student see the same
+context, so cached targets stay exact. `loss_mask[t]` says whether token t is a label.
 
 On disk `tokens/<domain>/<split>/` is a Zarr v3 group: `tokens` [windows, seq_len] u16 (u32 from 65,537 token
 ids up) and `loss_mask` u8 of the same shape, with a record of where they came from in its attributes.
@@ -16,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,21 +24,13 @@ from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable, settle_writes
+from ddk_pipe.pipeline.text.encoding import Encoded, Encoder, batches
 from ddk_pipe.pipeline.text.sources import Document
 
 TOKENS_VERSION = 1  # raise when packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 BLOCK_WINDOWS = 64  # windows held in memory, and in one Zarr chunk
-BATCH_DOCUMENTS = 64  # documents per tokenizer call
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one document, its closing EOS included, and which of them are labels."""
-
-    ids: NDArray[np.int64]
-    is_label: NDArray[np.uint8]
 
 
 @dataclass
@@ -54,100 +44,6 @@ class SplitFacts:
     text_bytes: int = 0
     seconds: float = 0.0  # spent on the whole domain
     digest: str = ""
-
-
-class Encoder:
-    """Documents -> token ids and label masks, with one Hugging Face tokenizer."""
-
-    def __init__(self, tokenizer: Any, *, name: str) -> None:
-        if tokenizer.eos_token_id is None:
-            raise DdkError(
-                f"{name}: the tokenizer has no EOS token", hint="set eos_token in its configuration"
-            )
-        self.tokenizer = tokenizer
-        self.name = name
-        self.eos = int(tokenizer.eos_token_id)
-
-    def encode(self, batch: list[Document]) -> list[Encoded]:
-        """Encode documents in order; raises DdkError for a chat the template cannot show."""
-        rendered = [self._render(document) for document in batch]
-        texts = [text for text, _ in rendered]
-        with_offsets = any(spans is not None for _, spans in rendered)
-        encoding = self.tokenizer(
-            texts,
-            add_special_tokens=not with_offsets,  # chat templates write their own
-            return_attention_mask=False,
-            return_offsets_mapping=with_offsets,
-            verbose=False,
-        )
-        offsets = encoding["offset_mapping"] if with_offsets else [None] * len(batch)
-        return [
-            self._close(ids, spans, where)
-            for ids, (_, spans), where in zip(encoding["input_ids"], rendered, offsets, strict=True)
-        ]
-
-    def _close(
-        self, ids: list[int], spans: list[tuple[int, int]] | None, offsets: list[tuple[int, int]] | None
-    ) -> Encoded:
-        if ids and ids[-1] == self.eos and spans is None:
-            ids = ids[:-1]  # some tokenizers close by themselves
-        is_label = np.ones(len(ids) + 1, np.uint8)
-        if spans is not None and offsets is not None:
-            starts = np.array([start for start, _ in offsets], np.int64)
-            ends = np.array([end for _, end in offsets], np.int64)
-            inside = np.zeros(len(ids), bool)
-            for first, last in spans:
-                inside |= (starts >= first) & (ends <= last) & (ends > starts)
-            is_label[:-1] = inside
-            is_label[-1] = 0  # the template ends the last turn itself
-        is_label[0] = 0
-        return Encoded(np.array([*ids, self.eos], np.int64), is_label)
-
-    def _render(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
-        """Text and, for a chat, the character spans of the assistant's turns (their end marks included)."""
-        if document.messages is None:
-            return document.text or "", None
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise DdkError(
-                f"{document.where}: a chat, but {self.name} has no chat template",
-                hint="use a chat model's tokenizer, or give plain text",
-            )
-        whole = self._template(document, document.messages, False)
-        spans = []
-        for turn, message in enumerate(document.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._template(document, document.messages[:turn], True) if turn else ""
-            after = self._template(document, document.messages[: turn + 1], False)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise DdkError(
-                    f"{document.where}: the chat template rewrites earlier turns, so turn {turn + 1} cannot be found",
-                    hint="use a template that only appends",
-                )
-            spans.append((len(before), len(after)))
-        return whole, spans
-
-    def _template(self, document: Document, messages: list[dict[str, Any]], prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            )
-        except Exception as problem:  # noqa: BLE001 - whatever the template's author raises in Jinja
-            raise DdkError(
-                f"{document.where}: the chat template refuses it ({problem})", hint="mend the messages"
-            ) from None
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Fingerprint of what token ids mean: every id with its token, and the special ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()[:32]
-
-
-def tokenizer_size(tokenizer: Any) -> int:
-    """Smallest vocabulary that holds every id of the tokenizer."""
-    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 class SplitWriter:
@@ -275,18 +171,6 @@ def labels_of(tokens: NDArray[np.int64], loss_mask: NDArray[np.uint8], *, no_lab
     labels = np.full(tokens.shape, no_label, np.int64)
     labels[..., :-1] = np.where(loss_mask[..., 1:] > 0, tokens[..., 1:], no_label)
     return labels
-
-
-def batches(documents: Iterable[Document], size: int = BATCH_DOCUMENTS) -> Iterator[list[Document]]:
-    """Lists of up to `size` documents, chats and plain text apart (they are tokenised differently)."""
-    batch: list[Document] = []
-    for document in documents:
-        if batch and (len(batch) == size or (document.messages is None) != (batch[0].messages is None)):
-            yield batch
-            batch = []
-        batch.append(document)
-    if batch:
-        yield batch
 
 
 def pack(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ddk_pipe.pipeline.losses.chunked import Direction, SparseKdLoss
+from ddk_pipe.pipeline.losses.terms import Direction, SparseKdLoss
 from ddk_pipe.pipeline.targets import NO_LABEL
 
 CHUNK_BYTES = 32 * 2**20  # of one model's logits on a CPU

@@ -65,7 +65,10 @@ _ROW_SHIFT = 64  # a row's uniforms start this far behind those of the row befor
 class GradientSkip:
     """The random threshold `tau` > 0, and where its randomness comes from.
 
-    generator  of the CPU; None: torch's default one. The same state gives the same survivors
+    generator  of the CPU; None: torch's default one. The same state gives the same survivors. Nothing is drawn
+               where no gradient is formed. Activation checkpointing rewinds the default generator for its
+               recomputation, not this one; either way the estimate is unbiased. Ranks that train together need
+               different seeds, or their errors may add up
 
     Raises ValueError unless tau is finite and positive.
     """

@@ -1,6 +1,6 @@
 """The cases of test_fused_linear_sparse_kl.py: the kernels in Triton's interpreter against float64.
 
-The truth is `ddk_pipe.pipeline.losses.chunked.sparse_kd_reference` on the logits of the very operands that the
+The truth is `ddk_pipe.pipeline.losses.sparse_kd_reference` on the logits of the very operands that the
 kernels were given, row by row. Errors are relative norms over the batch. bfloat16 is tried as storage
 alone: the interpreter multiplies it wrongly. No GPU is used, and these kernels have not run on one.
 kernel_cases.py says how this is run.

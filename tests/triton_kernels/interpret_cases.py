@@ -1,6 +1,6 @@
 """The cases of test_sparse_kl.py: the row kernel in Triton's interpreter, on the CPU, against float64.
 
-The truth is `ddk_pipe.pipeline.losses.chunked.sparse_kd_reference` on the very logits that the kernel was given (after
+The truth is `ddk_pipe.pipeline.losses.sparse_kd_reference` on the very logits that the kernel was given (after
 rounding to their dtype), row by row. Errors are relative norms over the batch. kernel_cases.py says how this is run.
 """
 

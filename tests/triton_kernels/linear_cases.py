@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ddk_pipe.pipeline.losses import chunked as losses
-from ddk_pipe.pipeline.losses import linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.losses import chunked, linear_sparse_kd, sparse_kd_reference
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 
@@ -54,7 +53,7 @@ def errors(tail: bool, temperature: float, chunks: bool, softcap: float | None) 
     double = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature, "implementation": "triton"}
     options["softcap"] = softcap
-    losses.MIN_CHUNK_ROWS = losses.MAX_CHUNK_ROWS = 3 if chunks else 4096
+    chunked.MIN_CHUNK_ROWS = chunked.MAX_CHUNK_ROWS = 3 if chunks else 4096
     found = linear_sparse_kd(single[0], single[1], labels, targets, bias=single[2], **options)
     logits = double[0] @ double[1].t() + double[2]
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd, measures, sparse_kd_reference
 from ddk_pipe.pipeline.losses import dense as dense_kd
-from ddk_pipe.pipeline.losses.chunked import Direction
+from ddk_pipe.pipeline.losses.terms import Direction
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 N, D, V, K = 41, 8, 101, 5

@@ -3,20 +3,15 @@
 Both are pure arithmetic on numpy arrays; a rule of a user's own is found by its name.
 """
 
+from ddk_pipe.pipeline.mixing.arrays import FloatArray, check_weights
+from ddk_pipe.pipeline.mixing.registry import RULES, InitialDraw, Rule, initial_weights, make_rule
 from ddk_pipe.pipeline.mixing.rules import (
-    RULES,
-    FloatArray,
-    InitialDraw,
-    Rule,
-    check_weights,
     ddk,
     ddk_initial,
     ddk_unsmoothed,
     doremi,
     gap_softmax,
-    initial_weights,
     learnability,
-    make_rule,
     natural,
     sheared,
     uniform,

@@ -14,42 +14,21 @@ for a NaN or infinite loss (naming the domain's index), for a shape that is not 
 weights that are negative or do not sum to 1.
 """
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias, get_args
-
 import numpy as np
-from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.mixing.arrays import (
+    FloatArray,
+    Sizes,
+    check_mixture,
+    check_share,
+    check_weights,
+    clipped,
+    gap_between,
+    normalised,
+    proportional,
+)
 
-FloatArray: TypeAlias = NDArray[np.float64]
-Sizes: TypeAlias = Sequence[int] | NDArray[np.int64] | FloatArray
-InitialDraw: TypeAlias = Literal["uniform", "ddk", "natural"]
-
-
-class Rule(Protocol):
-    """A rule with its options filled in; `student_ce_before` is None where there was no update before."""
-
-    def __call__(
-        self,
-        weights: FloatArray,
-        student_ce: FloatArray,
-        teacher_ce: FloatArray,
-        *,
-        student_ce_before: FloatArray | None = None,
-    ) -> FloatArray: ...
-
-
-_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_BEFORE = "student_ce_before"
-_ARRAYS = ("weights", "student_ce", "teacher_ce", _BEFORE)
-_SUM_SLACK = 1e-6  # weights that went through float32 or a rounded report still pass
-_LARGEST = np.finfo(np.float64).max
+BEFORE = "student_ce_before"
 _LARGEST_EXPONENT = 700.0  # exp(700) is about 1e304, the last round number before overflow
 
 
@@ -60,7 +39,7 @@ def ddk_initial(student_ce: FloatArray, teacher_ce: FloatArray) -> FloatArray:
     the result is the limit, in which the domain with the largest gap takes everything.
     Raises ValueError for losses that are not finite (naming the domain) or differ in shape.
     """
-    gap_nats = _gap_nats(student_ce, teacher_ce)
+    gap_nats = gap_between(student_ce, teacher_ce)
     start = np.ones_like(gap_nats)
     return _tilted(start, _ratio_below_largest(gap_nats, start))
 
@@ -86,16 +65,16 @@ def ddk(
     Raises ValueError as the module says, for alpha outside [0, 1], a prior that `check_weights`
     refuses, and a largest_ratio that is not positive.
     """
-    weights, gap_nats = _checked(weights, student_ce, teacher_ce)
+    weights, gap_nats = check_mixture(weights, student_ce, teacher_ce)
     if largest_ratio is not None:
         if not largest_ratio > 0:
             raise ValueError(f"largest_ratio must be positive, got {largest_ratio}")
         gap_nats = np.minimum(gap_nats, np.log(largest_ratio))
     psi = _tilted(weights, _ratio_below_largest(gap_nats, weights))
-    share = 1.0 - _share("alpha", alpha)
+    share = 1.0 - check_share("alpha", alpha)
     if prior is None:
         return _mixed_with_uniform(psi, uniform_share=share)
-    return _normalised((1.0 - share) * psi + share * check_weights(prior, domains=weights.size))
+    return normalised((1.0 - share) * psi + share * check_weights(prior, domains=weights.size))
 
 
 def ddk_unsmoothed(weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray) -> FloatArray:
@@ -104,7 +83,7 @@ def ddk_unsmoothed(weights: FloatArray, student_ce: FloatArray, teacher_ce: Floa
     All arrays are float64 [domains]; the values of `weights` are not used. Raises as the module
     says.
     """
-    _checked(weights, student_ce, teacher_ce)
+    check_mixture(weights, student_ce, teacher_ce)
     return ddk_initial(student_ce, teacher_ce)
 
 
@@ -113,7 +92,7 @@ def uniform(weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray)
 
     Raises as the module says: a NaN loss stops a uniform run as it stops any other.
     """
-    weights, _ = _checked(weights, student_ce, teacher_ce)
+    weights, _ = check_mixture(weights, student_ce, teacher_ce)
     return np.full_like(weights, 1.0 / weights.size)
 
 
@@ -125,8 +104,8 @@ def natural(
     Raises ValueError as the module says, and for sizes that are negative, not finite, all zero or
     of another length.
     """
-    weights, _ = _checked(weights, student_ce, teacher_ce)
-    return _natural(sizes, domains=weights.size)
+    weights, _ = check_mixture(weights, student_ce, teacher_ce)
+    return proportional(sizes, domains=weights.size)
 
 
 def doremi(
@@ -144,7 +123,7 @@ def doremi(
     the reference model is the teacher, and the gap is clipped at 0 per domain, not per token.
     Raises ValueError as the module says, for eta < 0 and for floor outside [0, 1].
     """
-    weights, gap_nats = _checked(weights, student_ce, teacher_ce)
+    weights, gap_nats = check_mixture(weights, student_ce, teacher_ce)
     return _multiplicative(weights, np.maximum(gap_nats, 0.0), eta=eta, floor=floor)
 
 
@@ -163,7 +142,7 @@ def sheared(
     princeton-nlp/LLM-Shearing; the target loss is the teacher's.
     Raises ValueError as the module says, for eta < 0 and for floor outside [0, 1].
     """
-    weights, gap_nats = _checked(weights, student_ce, teacher_ce)
+    weights, gap_nats = check_mixture(weights, student_ce, teacher_ce)
     return _multiplicative(weights, gap_nats, eta=eta, floor=floor)
 
 
@@ -180,11 +159,11 @@ def gap_softmax(
     used.
     Raises ValueError as the module says, and for a temperature that is not positive and finite.
     """
-    weights, gap_nats = _checked(weights, student_ce, teacher_ce)
+    weights, gap_nats = check_mixture(weights, student_ce, teacher_ce)
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     with np.errstate(over="ignore"):
-        scores = _clipped(gap_nats / temperature)
+        scores = clipped(gap_nats / temperature)
     return _tilted(np.ones_like(weights), scores)
 
 
@@ -206,161 +185,15 @@ def learnability(
     Not in the DDK paper: the learning progress of curricula (Graves et al. 2017, arXiv 1704.03003), per window.
     Raises ValueError as the module says, for student_ce_before too, and for floor outside [0, 1].
     """
-    weights, _ = _checked(weights, student_ce, teacher_ce)
-    share = _share("floor", floor)
+    weights, _ = check_mixture(weights, student_ce, teacher_ce)
+    share = check_share("floor", floor)
     even = np.full_like(weights, 1.0 / weights.size)
     if student_ce_before is None:
         return even
     with np.errstate(over="ignore"):
-        fallen = np.maximum(_gap_nats(student_ce_before, student_ce, names=(_BEFORE, "student_ce")), 0.0)
+        fallen = np.maximum(gap_between(student_ce_before, student_ce, names=(BEFORE, "student_ce")), 0.0)
         slope = np.divide(fallen, weights, out=np.zeros_like(weights), where=weights > 0)
-    return _mixed_with_uniform(_normalised(_clipped(slope)), uniform_share=share) if slope.any() else even
-
-
-RULES: Mapping[str, Callable[..., FloatArray]] = MappingProxyType(
-    {
-        "ddk": ddk,
-        "ddk_unsmoothed": ddk_unsmoothed,
-        "uniform": uniform,
-        "natural": natural,
-        "doremi": doremi,
-        "sheared": sheared,
-        "gap_softmax": gap_softmax,
-        "learnability": learnability,
-    }
-)
-
-
-PLUG_INS = "ddk_pipe.mixing"  # entry point group of users' own rules
-
-
-def plug_ins() -> dict[str, EntryPoint]:
-    """Rules that other installed packages offer, by name; ours win over theirs."""
-    return {point.name: point for point in entry_points(group=PLUG_INS) if point.name not in RULES}
-
-
-def make_rule(
-    name: str,
-    *,
-    alpha: float = 0.5,
-    sizes: Sizes,
-    prior: FloatArray | None = None,
-    largest_ratio: float | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Rule:
-    """The rule of that name, with those of the keyword arguments that it takes filled in, and all `options`.
-
-    `sizes` is the number of windows of each domain, shape [domains]. The result is called as
-    `rule(weights, student_ce, teacher_ce, student_ce_before=...)`. A name that is not in RULES is
-    looked for in the entry point group `ddk_pipe.mixing`; what such a rule returns is checked.
-    Raises DdkError for an unknown name or option, naming the nearest, and for a plug-in that cannot
-    be loaded; its rule raises DdkError for weights that are none.
-    """
-    given = dict(options or {})
-    offered = {"alpha": alpha, "sizes": sizes, "prior": prior, "largest_ratio": largest_ratio}
-    rule = RULES[name] if name in RULES else _plug_in(name)
-    takes = [key for key, value in inspect.signature(rule).parameters.items() if value.kind in _BY_NAME]
-    known = [key for key in takes if key not in offered and key not in _ARRAYS]
-    for key in given:
-        if key not in known:
-            raise _unknown(f"option of the mixing rule {name}", key, known)
-    filled = {key: value for key, value in offered.items() if key in takes}
-    ready = functools.partial(rule, **filled, **given)
-    return ready if _BEFORE in takes else _forgetful(ready)
-
-
-def _forgetful(rule: Callable[..., FloatArray]) -> Rule:
-    """The same rule for callers that give the losses of the update before, too."""
-
-    def without(
-        weights: FloatArray,
-        student_ce: FloatArray,
-        teacher_ce: FloatArray,
-        *,
-        student_ce_before: FloatArray | None = None,
-    ) -> FloatArray:
-        return rule(weights, student_ce, teacher_ce)
-
-    return without
-
-
-def _plug_in(name: str) -> Callable[..., FloatArray]:
-    found = plug_ins()
-    if name not in found:
-        raise _unknown("mixing rule", name, [*RULES, *found])
-    try:
-        rule = found[name].load()
-    except Exception as problem:  # noqa: BLE001 - whatever a user's module raises when imported
-        raise DdkError(
-            f"mixing rule {name!r}: {found[name].value} cannot be loaded ({problem})",
-            hint="mend that package, or use one of our rules",
-        ) from None
-
-    @functools.wraps(rule)
-    def checked(
-        weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray, **options: Any
-    ) -> FloatArray:
-        _checked(weights, student_ce, teacher_ce)
-        try:
-            return check_weights(rule(weights, student_ce, teacher_ce, **options), domains=len(weights))
-        except ValueError as problem:
-            raise DdkError(f"mixing rule {name!r}: {problem}", hint=f"mend {found[name].value}") from None
-
-    return checked
-
-
-def initial_weights(
-    initial: InitialDraw, *, student_ce: FloatArray, teacher_ce: FloatArray, sizes: Sizes
-) -> FloatArray:
-    """What the windows before the first update are drawn from: float64 [domains], sums to 1.
-
-    `uniform` is 1/N, `ddk` is r_0 of Eq. 1, `natural` is in proportion to `sizes` (windows per
-    domain). Algorithm 1 of arXiv 2407.16154 prints a random subset, not one drawn by r_0.
-
-    This is the draw only: Eq. 2 still starts from r_0, which is `ddk_initial`, whatever was drawn.
-    Raises DdkError for another `initial`, ValueError for losses or sizes that are not valid.
-    """
-    gap_nats = _gap_nats(student_ce, teacher_ce)
-    if initial == "uniform":
-        return np.full_like(gap_nats, 1.0 / gap_nats.size)
-    if initial == "ddk":
-        return ddk_initial(student_ce, teacher_ce)
-    if initial == "natural":
-        return _natural(sizes, domains=gap_nats.size)
-    raise _unknown("initial draw", initial, get_args(InitialDraw))
-
-
-def check_weights(weights: FloatArray, *, domains: int) -> FloatArray:
-    """The weights as a float64 array [domains], scaled to sum to 1 without rounding left over.
-
-    Raises ValueError for another shape, for a value that is negative or not finite (naming the
-    domain's index), and for a sum further than 1e-6 from 1.
-    """
-    values = _finite_vector("weights", weights)
-    if values.shape != (domains,):
-        raise ValueError(f"weights has {values.size} domains, expected {domains}")
-    _refuse_negative("weights", values)
-    if abs(values.sum() - 1.0) > _SUM_SLACK:
-        raise ValueError(f"weights must sum to 1, got {values.sum()}")
-    return _normalised(values)
-
-
-def _checked(
-    weights: FloatArray, student_ce: FloatArray, teacher_ce: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """(weights, gap in nats), both valid and [domains]."""
-    gap_nats = _gap_nats(student_ce, teacher_ce)
-    return check_weights(weights, domains=gap_nats.size), gap_nats
-
-
-def _gap_nats(
-    above: FloatArray, below: FloatArray, names: tuple[str, str] = ("student_ce", "teacher_ce")
-) -> FloatArray:
-    first, second = _finite_vector(names[0], above), _finite_vector(names[1], below)
-    if first.shape != second.shape:
-        raise ValueError(f"{names[0]} has {first.size} domains and {names[1]} has {second.size}")
-    with np.errstate(over="ignore"):
-        return _clipped(first - second)
+    return _mixed_with_uniform(normalised(clipped(slope)), uniform_share=share) if slope.any() else even
 
 
 def _ratio_below_largest(gap_nats: FloatArray, weights: FloatArray) -> FloatArray:
@@ -383,67 +216,16 @@ def _tilted(weights: FloatArray, scores: FloatArray) -> FloatArray:
     tilted = np.zeros_like(weights)
     with np.errstate(over="ignore"):
         tilted[live] = np.exp(logits - logits.max())
-    return _normalised(tilted)
+    return normalised(tilted)
 
 
 def _multiplicative(weights: FloatArray, gap_nats: FloatArray, *, eta: float, floor: float) -> FloatArray:
     if not (np.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be at least 0 and finite, got {eta}")
     with np.errstate(over="ignore"):
-        scores = _clipped(eta * gap_nats)
-    return _mixed_with_uniform(_tilted(weights, scores), uniform_share=_share("floor", floor))
+        scores = clipped(eta * gap_nats)
+    return _mixed_with_uniform(_tilted(weights, scores), uniform_share=check_share("floor", floor))
 
 
 def _mixed_with_uniform(weights: FloatArray, *, uniform_share: float) -> FloatArray:
-    return _normalised((1.0 - uniform_share) * weights + uniform_share / weights.size)
-
-
-def _natural(sizes: Sizes, *, domains: int) -> FloatArray:
-    values = _finite_vector("sizes", sizes)
-    if values.size != domains:
-        raise ValueError(f"sizes has {values.size} domains, expected {domains}")
-    _refuse_negative("sizes", values)
-    if not values.any():
-        raise ValueError("sizes are all 0: no domain has a window to draw")
-    return _normalised(values)
-
-
-def _normalised(values: FloatArray) -> FloatArray:
-    scaled = values / values.max()  # so that the sum cannot overflow
-    shares: FloatArray = scaled / scaled.sum()
-    return shares
-
-
-def _clipped(values: FloatArray) -> FloatArray:
-    """Infinities from overflow become the largest float, so that differences stay defined."""
-    return np.clip(values, -_LARGEST, _LARGEST)
-
-
-def _finite_vector(name: str, values: Sizes) -> FloatArray:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or vector.size == 0:
-        raise ValueError(f"{name} must have shape [domains], got {list(vector.shape)}")
-    wrong = np.flatnonzero(~np.isfinite(vector))
-    if wrong.size:
-        raise ValueError(f"{name} of domain {wrong[0]} is {vector[wrong[0]]}, not a finite number")
-    return vector
-
-
-def _refuse_negative(name: str, values: FloatArray) -> None:
-    wrong = np.flatnonzero(values < 0)
-    if wrong.size:
-        raise ValueError(f"{name} of domain {wrong[0]} is {values[wrong[0]]}, below 0")
-
-
-def _share(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return value
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> DdkError:
-    names = list(known)
-    if not names:
-        return DdkError(f"there is no {what} {name!r}", hint="leave it out, it has none")
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-    return DdkError(f"there is no {what} {name!r}", hint=f"use {nearest!r}, or one of {', '.join(names)}")
+    return normalised((1.0 - uniform_share) * weights + uniform_share / weights.size)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.mixing.rules import FloatArray, check_weights
+from ddk_pipe.pipeline.mixing.arrays import FloatArray, check_weights
 
 
 class _Purpose(IntEnum):

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.pipeline.mixing import ddk_initial
-from ddk_pipe.pipeline.mixing.rules import ddk, learnability
+from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
 from ddk_pipe.stages.cli.app import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.checks import lopsided

@@ -1,7 +1,11 @@
 """What a user sees when something is wrong: one line that ends in the next action."""
 
 import functools
+import json
+import shlex
+from importlib.metadata import distribution
 from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
 
 
 class DdkError(Exception):
@@ -22,3 +26,23 @@ class DdkError(Exception):
 def fail(message: str, *, hint: str) -> NoReturn:
     """Raise DdkError: for use in expressions and lambdas, where `raise` cannot stand."""
     raise DdkError(message, hint=hint)
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds an extra to this very installation, from the folder, address or index it came from.
+
+    pip leaves a note of a folder or an address (PEP 610, direct_url.json) and none of an index. So the hint is
+    right in a clone, for an address of git, and for a package from an index once there is one.
+    """
+    origin: dict[str, Any] = json.loads(distribution("ddk-pipe").read_text("direct_url.json") or "{}")
+    if "dir_info" in origin:
+        folder = unquote(urlsplit(origin["url"]).path)
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        return f"pip install {editable}{shlex.quote(f'{folder}[{extra}]')}"
+    package = f"ddk-pipe[{extra}]"
+    if "vcs_info" in origin:
+        source = origin["vcs_info"]
+        package += f" @ {source['vcs']}+{origin['url']}@{source['commit_id']}"
+    elif "url" in origin:
+        package += f" @ {origin['url']}"
+    return f"pip install {shlex.quote(package)}"

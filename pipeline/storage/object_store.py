@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.storage.locks import LOCK
 from ddk_pipe.pipeline.storage.protocol import check_size, parts_of
 
@@ -64,9 +64,7 @@ class ObjectFolder:
         try:
             import obstore.store
         except ImportError:
-            raise DdkError(
-                f"{self.name}: obstore is not installed", hint='pip install "ddk-pipe[s3]"'
-            ) from None
+            raise DdkError(f"{self.name}: obstore is not installed", hint=install_hint("s3")) from None
         retry: Any = {"retry_timeout": timedelta(seconds=self._retry_seconds)}
         # no client_options: they would replace what obstore reads from the environment (AWS_ALLOW_HTTP)
         with self._asking(""):

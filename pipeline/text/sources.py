@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
 
 COMPRESSED = (".gz", ".zst", ".bz2")
@@ -159,7 +159,7 @@ def _dataset(project: Project, source: DatasetSource, domain: Domain, *, field: 
     except ImportError:
         raise DdkError(
             f"{field}: dataset {source.dataset} needs the package `datasets`",
-            hint="pip install 'ddk-pipe[datasets]'",
+            hint=install_hint("datasets"),
         ) from None
     name = project.model(source.dataset, field=field)
     try:

@@ -22,7 +22,7 @@ from ddk_pipe.pipeline.cache import (
     split_size,
     uncommitted,
 )
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import (
     check_length,
@@ -303,7 +303,7 @@ def _last_word(progress: ShardProgress) -> Iterator[None]:
 
 def _need_ray() -> None:
     if importlib.util.find_spec("ray") is None:
-        raise DdkError("--engine ray: Ray is not installed", hint="pip install 'ddk-pipe[ray]'")
+        raise DdkError("--engine ray: Ray is not installed", hint=install_hint("ray"))
 
 
 def bytes_per_position(folder: Folder, spec: CacheSpec) -> float:

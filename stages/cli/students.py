@@ -36,7 +36,7 @@ def sweep(
       grid: {distill.mixing: [ddk, uniform], distill.gamma: [0.2, 1.0]}
       seeds: [0, 1, 2]
       stop_early: {after: 0.3}      (optional: the median rule)
-      search: {trials: 20, space: {distill.gamma: {low: 0, high: 1}}}      (in place of grid; needs ddk-pipe[optuna])
+      search: {trials: 20, space: {distill.gamma: {low: 0, high: 1}}}      (in place of grid; needs the extra optuna)
 
     \b
     Example:
@@ -86,7 +86,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="validation windows per domain; all if left out")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="tasks of lm-eval, separated by commas (needs ddk-pipe[eval])")
+        str, typer.Option(help="tasks of lm-eval, separated by commas (needs the extra eval)")
     ] = "",
     task_folder: Annotated[
         Path | None, typer.Option(help="folder with task files of your own; needs no network")

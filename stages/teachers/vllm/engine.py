@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from ddk_pipe.pipeline import manifest
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import read_config, text_config
 from ddk_pipe.pipeline.targets import PADDING_ID, Plan, Selected, SparseTargets
 from ddk_pipe.stages.common import pick_device, pick_dtype
@@ -202,7 +202,7 @@ def check_engine() -> None:
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
         raise DdkError(
             f"vLLM {version} is too old, at least {'.'.join(map(str, OLDEST))} is needed",
-            hint="pip install --upgrade 'ddk-pipe[vllm]', or set teacher.backend: hf",
+            hint=f"{install_hint('vllm')}, or set teacher.backend: hf",
         )
     found = {name: vllm_worker.arguments_of(_class(*where)) for name, where in RUNNERS.items()}
     if all(found[name] != known for name, known in vllm_worker.known_arguments().items()):

@@ -151,7 +151,7 @@ def task_folder(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")  # of lm-eval's own dependencies
 def test_lm_eval_offline(project: Project, task_folder: Path) -> None:
     """Its numbers are those of the logits, and the report shows them."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ddk-pipe[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: `make setup`")
     request = Request(windows=1, tasks=("my_questions", "my_text"), task_folder=task_folder)
     tasks = evaluate(project.run, request)["tasks"]
     assert (

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,20 @@ def importable(name: str) -> bool:
         return False
     owner = importlib.import_module(name.rpartition(".")[0])
     return hasattr(owner, name.rpartition(".")[2]) or importlib.util.find_spec(name) is not None
+
+
+def test_one_place_says_how_to_install_an_extra() -> None:
+    """The package is on no index yet: only docs/install.md and the hint itself may spell the command out."""
+    command = re.compile(r"pip install[^\n]*ddk-pipe\[")
+    places = [*PAGES, *SOURCES, ROOT / "README.md", *(ROOT / "examples").iterdir()]
+    named = {path.relative_to(ROOT).as_posix() for path in places if command.search(path.read_text())}
+    assert named == {"docs/install.md"}
+
+
+def test_every_extra_is_listed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs/install.md").read_text()
+    assert not [name for name in extras if name != "dev" and f"`{name}`" not in page]
 
 
 def test_every_command_is_in_the_reference() -> None:

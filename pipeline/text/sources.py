@@ -184,7 +184,7 @@ def _record(record: Any, domain: Domain, where: str) -> Document:
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
             raise DdkError(
                 f"{where}: {domain.messages_field} is not a list of role and content",
-                hint="see README, Chat data",
+                hint='write [{"role": "user", "content": "..."}, ...]',
             )
         return Document(where=where, messages=messages)
     text = record.get(domain.text_field)

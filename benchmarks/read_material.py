@@ -29,7 +29,8 @@ from ddk_pipe.pipeline.cache import (
     shards_of,
 )
 from ddk_pipe.pipeline.cache.arrays import ShardReader
-from ddk_pipe.pipeline.cache.shard import STAMP_WORDS, FileFacts, checks_text, input_arrays
+from ddk_pipe.pipeline.cache.layout import STAMP_WORDS, input_arrays
+from ddk_pipe.pipeline.cache.record import FileFacts, checks_text
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import Plan, Ranks, Selected, join, select_logits
 

@@ -30,7 +30,8 @@ from ddk_pipe.stages.common import prepare_cpu
 prepare_cpu()  # before torch
 
 from ddk_pipe.pipeline.cache import CacheWriter, read_spec
-from ddk_pipe.pipeline.cache.spec import MOST_JSON_BYTES, MOST_SHARDS
+from ddk_pipe.pipeline.cache.spec import MOST_SHARDS
+from ddk_pipe.pipeline.cache.strict_json import MOST_JSON_BYTES
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.demo.material import write_teacher

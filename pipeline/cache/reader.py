@@ -1,89 +1,22 @@
-"""The teacher cache: Zarr v3 shards on a disk or in an object store, written once, read by any number of students.
+"""Reads a cache.
 
-    cache.json                                    what made it: teacher, tokenizer, scheme, ... and its fingerprint
-    <domain>/ranks.npy                            token ids by how often the teacher keeps them, int32 [vocab_size]
-    <domain>/<split>/<shard>.<8 hex digits>.zarr  one group per shard, readable by plain zarr.open:
-        tokens        u16 or u32 [windows, seq_len]
-        labels        u16 [windows, 4 + seq_len]  window number (4 words, low first), label log-probability codes;
-                                                  code 65535 at t: token t+1 is no label
-        t<i>/<plane>  [windows, widest]           the codec's planes of the i-th temperature, rows filled up with zeros
-    <domain>/<split>/<shard>.json                 the commit record: names the group; digest of every file, checksum of
-                                                  every window, statistics, fingerprint
-
-Chunk = one window, one shard file per array, stock codecs that end in crc32c. The commit record is created last and
-exclusively: only committed shards exist for readers, and writers who race cannot touch each other's files. A reader
-compares every chunk with the checksum in the record and the window number at every read, so damage is an error that
-names the file and the repair, never a wrong value.
-
-cache_spec, cache_shard and cache_writer hold the parts; this module is what other code imports.
+A reader compares every chunk with the checksum in the commit record and the window number at every read, so damage is an
+error that names the file and the repair, never a wrong value.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from ddk_pipe.pipeline.cache.shard import (
-    CachedWindow,
-    Codecs,
-    ShardFacts,
-    ShardRecord,
-    ShardWindows,
-    check_shard,
-    committed,
-    damage,
-    group_of,
-    open_windows,
-    read_record,
-    require_record,
-    verify_shard,
-)
-from ddk_pipe.pipeline.cache.spec import (
-    SCHEMA_VERSION,
-    CacheSpec,
-    Shard,
-    SplitSize,
-    all_shards,
-    ranks_digest,
-    read_ranks,
-    read_spec,
-    repair,
-    shard_of,
-    shards_of,
-    split_size,
-    uncommitted,
-)
-from ddk_pipe.pipeline.cache.writer import CacheWriter, planned
+from ddk_pipe.pipeline.cache.damage import damage, repair
+from ddk_pipe.pipeline.cache.ranks import Codecs
+from ddk_pipe.pipeline.cache.record import group_of, require_record
+from ddk_pipe.pipeline.cache.shards import Shard, SplitSize, shard_of, shards_of, uncommitted
+from ddk_pipe.pipeline.cache.spec import read_spec
+from ddk_pipe.pipeline.cache.windows import CachedWindow, ShardWindows, open_windows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.text import SPLITS
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "CacheReader",
-    "CacheSpec",
-    "CacheWriter",
-    "CachedWindow",
-    "Codecs",
-    "Shard",
-    "ShardFacts",
-    "ShardRecord",
-    "SplitSize",
-    "all_shards",
-    "check_shard",
-    "committed",
-    "group_of",
-    "planned",
-    "ranks_digest",
-    "read_ranks",
-    "read_record",
-    "read_spec",
-    "repair",
-    "shard_of",
-    "shards_of",
-    "split_size",
-    "uncommitted",
-    "verify_shard",
-]
 
 OPEN_SHARDS = 1 << 14  # a reader keeps open: some kB each,
 OPEN_WINDOWS = 1 << 20  # and 16 bytes per window and array

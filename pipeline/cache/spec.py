@@ -1,75 +1,43 @@
-"""What a cache says it is: cache.json, the rank tables, and how domains are cut into shards.
+"""What a cache is, and what its cache.json says of it.
+
+    cache.json                                    what made it: teacher, tokenizer, scheme, ... and its fingerprint
+    <domain>/ranks.npy                            token ids by how often the teacher keeps them, int32 [vocab_size]
+    <domain>/<split>/<shard>.<8 hex digits>.zarr  one group per shard, readable by plain zarr.open:
+        tokens        u16 or u32 [windows, seq_len]
+        labels        u16 [windows, 4 + seq_len]  window number (4 words, low first), label log-probability codes;
+                                                  code 65535 at t: token t+1 is no label
+        t<i>/<plane>  [windows, widest]           the codec's planes of the i-th temperature, rows filled up with zeros
+    <domain>/<split>/<shard>.json                 the commit record: names the group; digest of every file, checksum of
+                                                  every window, statistics, fingerprint
+
+Chunk = one window, one shard file per array, stock codecs that end in crc32c. The commit record is created last and
+exclusively: only committed shards exist for readers, and writers who race cannot touch each other's files.
 
 cache.json may come from a stranger: every value is checked for its type and size before it is used.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import numpy as np
-import pydantic
 from pydantic import Field
 
 from ddk_pipe.pipeline import manifest
+from ddk_pipe.pipeline.cache.damage import RESTORE
+from ddk_pipe.pipeline.cache.shards import Shard, SplitSize, shards_of
+from ddk_pipe.pipeline.cache.strict_json import Strict, Text, read_json
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, durable
-from ddk_pipe.pipeline.targets import LEVELS, LOG_STEPS, Plan, Ranks
-from ddk_pipe.pipeline.text import SPLITS, Split
+from ddk_pipe.pipeline.targets import LEVELS, LOG_STEPS, Plan
+from ddk_pipe.pipeline.text import SPLITS
 
 SCHEMA_VERSION = 2
 QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"
-REPAIR = "run `ddk-pipe verify {cache} --repair`, then `ddk-pipe cache-teacher` again"
-RESTORE = "restore it, or make the cache again"
-# What a file system says of damage; anything else (no permission, too many files) is not the cache's fault.
-DAMAGE_ERRNOS = (errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT)
-MOST_JSON_BYTES = 16 << 20  # parsed, JSON may take 24 times its bytes
 MOST_SHARDS = 1 << 20  # of a cache
 MOST_SHARD_WINDOWS = manifest.MOST_SHARD_WINDOWS
-Text = Annotated[str, Field(max_length=256)]
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
-
-
-def repair(folder: Folder) -> str:
-    """The hint of every error about a damaged shard."""
-    return REPAIR.format(cache=folder.name)
-
-
-def read_json(folder: Folder, name: str, *, hint: str = RESTORE) -> bytes:
-    """A small file; raises DdkError if it is suspiciously large or damaged, FileNotFoundError if it is not there."""
-    try:
-        return folder.read(name, most=MOST_JSON_BYTES)
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise unreadable(folder, name, problem, hint=hint) from None
-    except ValueError as problem:
-        raise DdkError(str(problem), hint=hint) from None
-
-
-def unreadable(folder: Folder, name: str, problem: OSError, *, hint: str) -> Exception:
-    """A system error as the DdkError of a damaged file; as it is where it says nothing about the file."""
-    if problem.errno not in DAMAGE_ERRNOS:
-        return problem
-    where = problem.filename or f"{folder.name}/{name}"
-    return DdkError(f"{where}: cannot be read ({problem.strerror})", hint=hint)
-
-
-@dataclass(frozen=True)
-class SplitSize:
-    """How one split is cut: `windows` in shards of `shard_windows`; `tokens_digest` fixes their content."""
-
-    windows: int
-    shard_windows: int
-    tokens_digest: str
-
-    @property
-    def shards(self) -> int:
-        return -(-self.windows // self.shard_windows)
 
 
 @dataclass(frozen=True)
@@ -107,12 +75,6 @@ class CacheSpec:
         }
         body = {**self.identity(), "plan": self.plan.to_dict(), "domains": domains, "about": self.about}
         return durable.sealed({**body, "fingerprint": self.fingerprint})
-
-
-class Strict(pydantic.BaseModel):
-    """JSON from a stranger: exact types, finite numbers."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _SplitFile(Strict):
@@ -188,82 +150,6 @@ def read_spec(folder: Folder) -> CacheSpec:
     return spec
 
 
-def ranks_digest(ranks: Ranks) -> str:
-    """Of a rank table; every commit record holds that of the table its shard was coded with."""
-    return durable.digest(ranks.id_of.astype("<i4").tobytes())
-
-
-def ranks_bytes(ranks: Ranks) -> bytes:
-    """Content of ranks.npy."""
-    return _npy_header(len(ranks.id_of)) + ranks.id_of.astype("<i4").tobytes()
-
-
-def _npy_header(length: int) -> bytes:
-    """What numpy.save puts before an array int32 [length]."""
-    buffer = io.BytesIO()
-    about = {"descr": "<i4", "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(buffer, about)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
-
-
-def ranks_name(domain: str) -> str:
-    """Name of a domain's rank table in the cache."""
-    return f"{domain}/ranks.npy"
-
-
-def read_ranks(folder: Folder, domain: str, vocab_size: int) -> Ranks:
-    """A domain's table; raises DdkError if it is missing or no table for this vocabulary. Shards name its digest."""
-    name = ranks_name(domain)
-    path = f"{folder.name}/{name}"
-    header = _npy_header(vocab_size)  # compared, never parsed: numpy evaluates a stranger's header
-    try:
-        content = folder.read(name, most=len(header) + 4 * vocab_size)
-        if not content.startswith(header) or len(content) != len(header) + 4 * vocab_size:
-            raise ValueError(f"not {vocab_size} ids")
-        return Ranks.of(np.frombuffer(content, "<i4", offset=len(header)).astype(np.int32))
-    except FileNotFoundError:
-        raise DdkError(f"{path}: missing", hint=RESTORE) from None
-    except OSError as problem:
-        raise unreadable(folder, name, problem, hint=RESTORE) from None
-    except ValueError as problem:
-        raise DdkError(f"{path}: not the table of this cache ({problem})", hint=RESTORE) from None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A run of windows of one domain and split: the unit of teacher work, of commit and of retry."""
-
-    domain: str
-    split: str
-    number: int
-    first_window: int
-    windows: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.domain}/{self.split}/{self.number:05d}"
-
-    @property
-    def record(self) -> str:
-        """Name of its commit record."""
-        return f"{self.name}.json"
-
-    def key(self, window: int) -> str:
-        """Names a window for the draws of the selection."""
-        return f"{self.domain}/{self.split}/{self.number}/{window}"
-
-
-def shard_of(domain: str, split: str, size: SplitSize, number: int) -> Shard:
-    """Shard `number` of a split; the last may be short."""
-    start = number * size.shard_windows
-    return Shard(domain, split, number, start, min(size.shard_windows, size.windows - start))
-
-
-def shards_of(domain: str, split: str, size: SplitSize) -> list[Shard]:
-    """The shards of a split in order."""
-    return [shard_of(domain, split, size, number) for number in range(size.shards)]
-
-
 def all_shards(spec: CacheSpec) -> list[Shard]:
     """Every shard that the cache should have: validation first, then the domains in turn."""
     splits = [
@@ -277,18 +163,3 @@ def all_shards(spec: CacheSpec) -> list[Shard]:
 
 def count_shards(spec: CacheSpec) -> int:
     return sum(size.shards for sizes in spec.domains.values() for size in sizes.values())
-
-
-def split_size(split: Split, shard_windows: int) -> SplitSize:
-    """How a prepared split is cut into shards."""
-    return SplitSize(split.facts.windows, shard_windows, split.facts.digest)
-
-
-def uncommitted(folder: Folder, shards: list[Shard]) -> list[Shard]:
-    """Those without a commit record, in order; one listing per split."""
-    there = {
-        name
-        for place in {f"{shard.domain}/{shard.split}" for shard in shards}
-        for name in folder.files(place)
-    }
-    return [shard for shard in shards if shard.record not in there]

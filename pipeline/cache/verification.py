@@ -32,30 +32,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.cache.shard import (
-    FOREIGN,
-    GROUP,
-    Codecs,
-    ShardFacts,
-    ShardRecord,
-    group_of,
-    read_record,
-    verify_shard,
-)
-from ddk_pipe.pipeline.cache.spec import (
-    DAMAGE_ERRNOS,
-    RESTORE,
-    CacheSpec,
-    Shard,
-    all_shards,
-    ranks_digest,
-    ranks_name,
-    read_ranks,
-    read_spec,
-    shard_of,
-    uncommitted,
-)
-from ddk_pipe.pipeline.cache.spec import repair as repair_hint
+from ddk_pipe.pipeline.cache.damage import DAMAGE_ERRNOS, RESTORE
+from ddk_pipe.pipeline.cache.damage import repair as repair_hint
+from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_digest, ranks_name, read_ranks
+from ddk_pipe.pipeline.cache.record import FOREIGN, GROUP, ShardRecord, group_of, read_record
+from ddk_pipe.pipeline.cache.shards import Shard, shard_of, uncommitted
+from ddk_pipe.pipeline.cache.soundness import ShardFacts, verify_shard
+from ddk_pipe.pipeline.cache.spec import CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import OUTSIDE, Folder, LocalFolder, is_inside
 

@@ -19,32 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.cache.arrays import Arrays, write_group
-from ddk_pipe.pipeline.cache.shard import (
-    GROUP,
-    STAMP_WORDS,
-    Codecs,
-    FileFacts,
-    ShardRecord,
-    ShardWindows,
-    checks_text,
-    measure,
-    read_record,
-    token_dtype,
-)
+from ddk_pipe.pipeline.cache.damage import repair
+from ddk_pipe.pipeline.cache.layout import STAMP_WORDS, token_dtype
+from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_bytes, ranks_name
+from ddk_pipe.pipeline.cache.record import GROUP, FileFacts, ShardRecord, checks_text, read_record
+from ddk_pipe.pipeline.cache.shards import Shard, uncommitted
+from ddk_pipe.pipeline.cache.soundness import measure
 from ddk_pipe.pipeline.cache.spec import (
-    MOST_JSON_BYTES,
     MOST_SHARDS,
     SCHEMA_VERSION,
     CacheSpec,
-    Shard,
     all_shards,
     count_shards,
-    ranks_bytes,
-    ranks_name,
     read_spec,
-    repair,
-    uncommitted,
 )
+from ddk_pipe.pipeline.cache.strict_json import MOST_JSON_BYTES
+from ddk_pipe.pipeline.cache.windows import ShardWindows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import (

@@ -10,8 +10,9 @@ from caches import fill, make_plan, make_spec
 from faults import Judge
 
 from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, Shard, ShardRecord, SplitSize, group_of, read_spec
-from ddk_pipe.pipeline.cache.reader import Codecs, read_record
-from ddk_pipe.pipeline.cache.shard import open_windows
+from ddk_pipe.pipeline.cache.ranks import Codecs
+from ddk_pipe.pipeline.cache.record import read_record
+from ddk_pipe.pipeline.cache.windows import open_windows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.text import TRAIN

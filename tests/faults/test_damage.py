@@ -19,7 +19,7 @@ from caches import fill, group_path, resealed
 from faults import FIRST, SECOND, Judge, flip, rechunk, reseal_record, small_spec, swap
 
 from ddk_pipe.pipeline.cache import CacheReader, CacheWriter, SplitSize, read_spec, verify
-from ddk_pipe.pipeline.cache.reader import read_record
+from ddk_pipe.pipeline.cache.record import read_record
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.text import TRAIN

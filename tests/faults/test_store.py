@@ -21,7 +21,7 @@ from proxy import Proxy
 from s3 import new_prefix, together
 
 from ddk_pipe.pipeline.cache import CacheReader, Shard, all_shards, verify
-from ddk_pipe.pipeline.cache.reader import read_record
+from ddk_pipe.pipeline.cache.record import read_record
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LocalFolder, ObjectFolder
 

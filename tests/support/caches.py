@@ -19,7 +19,9 @@ from ddk_pipe.pipeline.cache import (
     group_of,
     read_spec,
 )
-from ddk_pipe.pipeline.cache.reader import Codecs, read_record, verify_shard
+from ddk_pipe.pipeline.cache.ranks import Codecs
+from ddk_pipe.pipeline.cache.record import read_record
+from ddk_pipe.pipeline.cache.soundness import verify_shard
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected, select_logits
 from ddk_pipe.pipeline.text import TRAIN, VALIDATION, labels_of

@@ -35,8 +35,10 @@ from ddk_pipe.pipeline.cache import (
     verify,
 )
 from ddk_pipe.pipeline.cache.arrays import BLOSC_HEADER, _Array, write_group
-from ddk_pipe.pipeline.cache.reader import SCHEMA_VERSION, Codecs, read_record
-from ddk_pipe.pipeline.cache.shard import ShardWindows, checks_text
+from ddk_pipe.pipeline.cache.ranks import Codecs
+from ddk_pipe.pipeline.cache.record import checks_text, read_record
+from ddk_pipe.pipeline.cache.spec import SCHEMA_VERSION
+from ddk_pipe.pipeline.cache.windows import ShardWindows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, durable
 from ddk_pipe.pipeline.text import TRAIN, VALIDATION

@@ -48,7 +48,9 @@ from ddk_pipe.pipeline.cache import (
     shards_of,
 )
 from ddk_pipe.pipeline.cache import reader as cache_module
-from ddk_pipe.pipeline.cache.reader import Codecs, check_shard, read_ranks, read_record, verify_shard
+from ddk_pipe.pipeline.cache.ranks import Codecs, read_ranks
+from ddk_pipe.pipeline.cache.record import read_record
+from ddk_pipe.pipeline.cache.soundness import check_shard, verify_shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, ObjectFolder, open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL, Context, Plan, Ranks, encode_log, select_logits

@@ -26,11 +26,11 @@ from ddk_pipe.pipeline.cache import (
     read_spec,
     verify,
 )
-from ddk_pipe.pipeline.cache import shard as cache_shard
-from ddk_pipe.pipeline.cache import spec as cache_spec
+from ddk_pipe.pipeline.cache import soundness as cache_soundness
 from ddk_pipe.pipeline.cache import verification as cache_verify
-from ddk_pipe.pipeline.cache.reader import read_ranks, read_record
-from ddk_pipe.pipeline.cache.spec import ranks_bytes
+from ddk_pipe.pipeline.cache.damage import repair
+from ddk_pipe.pipeline.cache.ranks import ranks_bytes, read_ranks
+from ddk_pipe.pipeline.cache.record import read_record
 from ddk_pipe.pipeline.cache.verification import STALE_SECONDS
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable, open_folder
@@ -350,7 +350,7 @@ def test_a_store_out_of_reach_is_no_damage(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     unreachable = open_folder(s3_url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", right)
-    real = cache_shard.verify_shard
+    real = cache_soundness.verify_shard
 
     def lose(_: Folder, *rest: Any) -> Any:
         return real(unreachable, *rest)
@@ -368,7 +368,7 @@ def test_errors_of_the_file_system(
     disk: LocalFolder, content: Content, monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool
 ) -> None:
     shard, group = some_shard(disk)
-    real = cache_shard.verify_shard
+    real = cache_soundness.verify_shard
 
     def fail(folder: Folder, which: Shard, *rest: Any) -> Any:
         if which == shard:
@@ -393,12 +393,12 @@ def test_a_shard_made_again_meanwhile_is_not_dropped(
     record = read_record(disk, shard, read_spec(disk))
     assert record is not None
     newer = record.model_copy(update={"seconds": 5.0})
-    real = cache_shard.verify_shard
+    real = cache_soundness.verify_shard
 
     def replace(folder: Folder, which: Shard, *rest: Any) -> Any:
         if which == shard:
             disk.write(shard.record, newer.sealed())
-            raise DdkError("damaged", hint=cache_spec.repair(disk))
+            raise DdkError("damaged", hint=repair(disk))
         return real(folder, which, *rest)
 
     monkeypatch.setattr(cache_verify, "verify_shard", replace)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import Folder
+from ddk_pipe.pipeline.storage import OUTSIDE, Folder
 
 REPAIR = "run `ddk-pipe verify {cache} --repair`, then `ddk-pipe cache-teacher` again"
 RESTORE = "restore it, or make the cache again"
@@ -44,3 +44,14 @@ def damage(folder: Folder, group: str) -> Iterator[None]:
         raise DdkError(text, hint=repair(folder)) from None
     except OSError as problem:
         raise unreadable(folder, group, problem, hint=repair(folder)) from None
+
+
+def blame(folder: Folder, problem: DdkError | OSError) -> str:
+    """What damaged files are blamed for; raises `problem` where it says nothing about the cache itself."""
+    if isinstance(problem, DdkError):
+        if problem.hint not in (repair(folder), RESTORE, OUTSIDE):
+            raise problem
+        return problem.message
+    if problem.errno not in DAMAGE_ERRNOS:
+        raise problem
+    return f"{problem.filename or folder.name}: cannot be read ({problem.strerror})"

@@ -129,6 +129,11 @@ def group_of(shard: Shard, record: ShardRecord) -> str:
     return f"{shard.domain}/{shard.split}/{record.group}"
 
 
+def group_in(name: str) -> str:
+    """The first three parts of a name: the group, if it is a file of one."""
+    return "/".join(name.split("/", 3)[:3])
+
+
 def checks_text(checks: NDArray[np.uint32]) -> str:
     """Eight hex digits a window, as the commit record holds them."""
     return checks.astype(">u4").tobytes().hex()

@@ -22,93 +22,23 @@ meanwhile, but one repair at a time is enough: two, and a writer between them, c
 
 from __future__ import annotations
 
-import os
-import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
-from ddk_pipe.pipeline.cache.damage import DAMAGE_ERRNOS, RESTORE
-from ddk_pipe.pipeline.cache.damage import repair as repair_hint
+from ddk_pipe.pipeline.cache.damage import RESTORE, blame
+from ddk_pipe.pipeline.cache.leftovers import partials, sort_names
 from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_digest, ranks_name, read_ranks
-from ddk_pipe.pipeline.cache.record import FOREIGN, GROUP, ShardRecord, group_of, read_record
-from ddk_pipe.pipeline.cache.shards import Shard, shard_of, uncommitted
+from ddk_pipe.pipeline.cache.record import FOREIGN, ShardRecord, group_in, group_of, read_record
+from ddk_pipe.pipeline.cache.report import Leftover, Report, SplitReport
+from ddk_pipe.pipeline.cache.shards import Shard, uncommitted
 from ddk_pipe.pipeline.cache.soundness import ShardFacts, verify_shard
 from ddk_pipe.pipeline.cache.spec import CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import OUTSIDE, Folder, LocalFolder, is_inside
+from ddk_pipe.pipeline.storage import Folder, LocalFolder
 
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # a name that durable and storage write under
-STALE_SECONDS = 3600.0  # a partial not written to for so long has no writer any more
 STORE_THREADS = 8  # shards checked at once in an object store, where waiting is most of the work
 
 Advance = Callable[[float, str], object]  # windows checked since the last call, name of their shard
-
-
-@dataclass
-class SplitReport:
-    """What one split holds; the sums are over its sound shards, bytes over all files of their groups."""
-
-    shards: int = 0
-    committed: int = 0
-    sound: int = 0
-    windows: int = 0
-    positions: int = 0  # with a label
-    entries: int = 0  # over all temperatures
-    label_nats: float = 0.0  # minus the sum of the labels' log-probabilities
-    target_bytes: int = 0
-    input_bytes: int = 0
-
-    def add(self, shard: Shard, record: ShardRecord, facts: ShardFacts) -> None:
-        """A sound shard more."""
-        self.sound += 1
-        self.windows += shard.windows
-        self.positions += facts.positions
-        self.entries += facts.entries
-        self.label_nats += facts.label_nats
-        self.target_bytes += record.target_bytes
-        self.input_bytes += record.input_bytes
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """Something a writer left behind; `removable` says if a repair takes it away now, `why` if or why not."""
-
-    name: str
-    why: str
-    removable: bool
-
-
-@dataclass
-class Report:
-    """What `verify` found, by the names of shards, domains and files; `removed` is what a repair took away.
-
-    A shard is in at most one of `missing`, `bad` and `undecodable`. The values of `tables` and `bad` are the
-    problems, one line each.
-    """
-
-    cache: str
-    splits: dict[str, SplitReport] = field(default_factory=dict)  # by "<domain>/<split>"
-    missing: list[str] = field(default_factory=list)  # shards that are not committed
-    tables: dict[str, str] = field(default_factory=dict)  # domains whose rank table is missing or damaged
-    undecodable: list[str] = field(default_factory=list)  # committed shards of those domains
-    bad: dict[str, str] = field(default_factory=dict)  # committed shards with a problem
-    leftovers: list[Leftover] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)  # files that no ddk-pipe would look for here
-    removed: list[str] = field(default_factory=list)
-
-    @property
-    def sound(self) -> bool:
-        """True if students can rely on all of the cache. A shard that a repair dropped is still to be made again."""
-        return not (self.missing or self.tables or self.bad)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"sound": self.sound, **asdict(self)}
 
 
 def silent(windows: float, shard: str) -> None:
@@ -173,7 +103,7 @@ class _Check:
         try:
             record = read_record(self.folder, shard, self.spec)
         except (DdkError, OSError) as problem:
-            return self._line(problem)
+            return blame(self.folder, problem)
         if record is None:
             self.report.missing.append(shard.name)
         else:
@@ -201,7 +131,7 @@ class _Check:
         try:
             ranks = read_ranks(self.folder, domain, self.spec.vocab_size)
         except (DdkError, OSError) as problem:
-            return self._line(problem)
+            return blame(self.folder, problem)
         if digests and ranks_digest(ranks) not in digests:
             return f"{self.folder.name}/{name}: not the table that the shards of {domain} were coded with"
         return None
@@ -211,7 +141,7 @@ class _Check:
         groups = {group_of(shard, record): shard for shard, record in self.records.items()}
         extra: dict[Shard, list[str]] = {}
         for name in names:
-            group = _group(name)
+            group = group_in(name)
             shard = groups.get(group)
             if shard is not None and name.removeprefix(f"{group}/") not in self.records[shard].files:
                 extra.setdefault(shard, []).append(name)
@@ -234,17 +164,7 @@ class _Check:
         except (DdkError, OSError) as problem:
             if not self.folder.exists(shard.record):
                 return None
-            return self._line(problem)
-
-    def _line(self, problem: DdkError | OSError) -> str:
-        """What damaged files are blamed for; raises `problem` where it says nothing about the cache itself."""
-        if isinstance(problem, DdkError):
-            if problem.hint not in (repair_hint(self.folder), RESTORE, OUTSIDE):
-                raise problem
-            return problem.message
-        if problem.errno not in DAMAGE_ERRNOS:
-            raise problem
-        return f"{problem.filename or self.folder.name}: cannot be read ({problem.strerror})"
+            return blame(self.folder, problem)
 
     def _judge(self, shard: Shard, outcome: ShardFacts | str | None, extra: list[str]) -> None:
         if isinstance(outcome, str) and extra and self.repair:  # perhaps nothing else is wrong
@@ -278,7 +198,7 @@ class _Check:
         try:
             return read_record(self.folder, shard, self.spec)
         except (DdkError, OSError) as problem:
-            self._line(problem)
+            blame(self.folder, problem)
             return None
 
     def _remove(self, name: str) -> None:
@@ -289,40 +209,16 @@ class _Check:
 
     def leftovers(self, names: list[str]) -> None:
         """Sort what is no part of the cache, and remove what may go."""
-        known = {"cache.json", *map(ranks_name, self.spec.domains)}
-        groups: dict[str, Shard] = {}
-        for name in names:
-            if name in known or self._is_record(name) or any(map(PARTIAL.fullmatch, name.split("/"))):
-                continue
-            shard = self._shard_of_group(_group(name))
-            if shard is None or name == _group(name):
-                self.report.foreign.append(name)
-            else:
-                groups[_group(name)] = shard
+        groups, foreign = sort_names(names, self.spec)
+        self.report.foreign += foreign
         for group, shard in groups.items():
             self._leftover_group(group, shard)
         if isinstance(self.folder, LocalFolder):
-            self._partials(self.folder)
-
-    def _is_record(self, name: str) -> bool:
-        shard = self._shard(name.removesuffix(".json"))
-        return shard is not None and shard.record == name
-
-    def _shard_of_group(self, group: str) -> Shard | None:
-        place, _, name = group.rpartition("/")
-        named = GROUP.fullmatch(name)
-        return self._shard(f"{place}/{named[1]}") if named else None
-
-    def _shard(self, name: str) -> Shard | None:
-        """The shard of the cache with this name."""
-        parts = name.split("/")
-        if len(parts) != 3 or not re.fullmatch(r"[0-9]{5,9}", parts[2]):
-            return None
-        size = self.spec.domains.get(parts[0], {}).get(parts[1])
-        if size is None or int(parts[2]) >= size.shards:
-            return None
-        shard = shard_of(parts[0], parts[1], size, int(parts[2]))
-        return shard if shard.name == name else None
+            for partial in partials(self.folder):
+                self.report.leftovers.append(partial)
+                if self.repair and partial.removable:
+                    self.folder.remove(partial.name)
+                    self.report.removed.append(partial.name)
 
     def _leftover_group(self, group: str, shard: Shard) -> None:
         """A group may go only where another one of the same shard is sound; what a record names is no leftover."""
@@ -337,45 +233,3 @@ class _Check:
         self.report.leftovers.append(Leftover(group, why, removable=True))
         if self.repair and self._now(shard) == record:
             self._remove(group)
-
-    def _partials(self, folder: LocalFolder) -> None:
-        """Scratch folders and half-written files, which only a disk has."""
-        for path in sorted(_partials_below(folder.path)):
-            if not is_inside(path, folder.path):
-                continue
-            name = path.relative_to(folder.path).as_posix()
-            written = _last_written(path)
-            if written is None:
-                continue
-            stale = time.time() - written > STALE_SECONDS
-            why = "a writer that is gone left it" if stale else "a writer may be at work on it"
-            self.report.leftovers.append(Leftover(name, why, removable=stale))
-            if self.repair and stale:
-                folder.remove(name)
-                self.report.removed.append(name)
-
-
-def _group(name: str) -> str:
-    """The first three parts of a name: the group, if it is a file of one."""
-    return "/".join(name.split("/", 3)[:3])
-
-
-def _partials_below(root: Path) -> Iterator[Path]:
-    """Names that durable and storage write under, in the cache's folder and the two levels below it.
-
-    os.walk passes over what a living writer moves meanwhile; glob and rglob fail there.
-    """
-    for place, folders, files in os.walk(root):
-        yield from (Path(place, name) for name in folders + files if PARTIAL.fullmatch(name))
-        deep = len(Path(place).relative_to(root).parts) >= 2
-        folders[:] = [] if deep else [name for name in folders if not PARTIAL.fullmatch(name)]
-
-
-def _last_written(path: Path) -> float | None:
-    """Time of the last change of a file or of anything in a folder, seconds since the epoch; None if it is gone."""
-    times = []
-    below = [Path(place, name) for place, folders, files in os.walk(path) for name in folders + files]
-    for part in [path, *below]:
-        with suppress(FileNotFoundError):
-            times.append(part.lstat().st_mtime)
-    return max(times, default=None)

@@ -25,7 +25,7 @@ from faults import (
 from tiny import write_project
 
 from ddk_pipe.pipeline.cache import Shard, verify
-from ddk_pipe.pipeline.cache.verification import STALE_SECONDS
+from ddk_pipe.pipeline.cache.leftovers import STALE_SECONDS
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.stages.common import GRACE_SECONDS
 

@@ -29,9 +29,9 @@ from ddk_pipe.pipeline.cache import (
 from ddk_pipe.pipeline.cache import soundness as cache_soundness
 from ddk_pipe.pipeline.cache import verification as cache_verify
 from ddk_pipe.pipeline.cache.damage import repair
+from ddk_pipe.pipeline.cache.leftovers import STALE_SECONDS
 from ddk_pipe.pipeline.cache.ranks import ranks_bytes, read_ranks
 from ddk_pipe.pipeline.cache.record import read_record
-from ddk_pipe.pipeline.cache.verification import STALE_SECONDS
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable, open_folder
 from ddk_pipe.pipeline.targets import Ranks

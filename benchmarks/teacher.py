@@ -31,6 +31,7 @@ import torch
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard, SplitSize
+from ddk_pipe.pipeline.cache import writer as cache_writer
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected, selection
 from ddk_pipe.pipeline.text import TRAIN
@@ -150,7 +151,7 @@ def breakdown(teacher: VllmTeacher, windows: list[Window], vocab_size: int) -> d
         began = time.process_time()
         selected = teacher.select(windows, PLAN)
         seconds["predict"] = time.process_time() - began
-    with tempfile.TemporaryDirectory() as folder, clocked(CacheWriter, "_content", seconds):
+    with tempfile.TemporaryDirectory() as folder, clocked(cache_writer, "content", seconds):
         writer, shard = open_cache(Path(folder), selected, windows, vocab_size)
         tokens = np.stack([window.tokens for window in windows])
         began = time.process_time()
@@ -183,8 +184,8 @@ def breakdown_row(runs: list[dict[str, float]]) -> Row:
     parts = {
         "softmax": middle["softmax"],
         "selection_without_softmax": middle["select_logits"] - middle["softmax"],
-        "encode": middle["_content"],
-        "write_and_read_back": middle["encode_and_write"] - middle["_content"],
+        "encode": middle["content"],
+        "write_and_read_back": middle["encode_and_write"] - middle["content"],
     }
     shares = {f"{name}_share": seconds / step for name, seconds in parts.items()}
     return {"name": "vllm: our step", "step_cpu_seconds": step, **shares, "share": sum(shares.values())}

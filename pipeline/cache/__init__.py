@@ -4,6 +4,7 @@ Only committed shards exist for readers, and nothing doubtful is ever returned.
 """
 
 from ddk_pipe.pipeline.cache.dataset import CachedWindows, DomainBatches, collate
+from ddk_pipe.pipeline.cache.joining import planned
 from ddk_pipe.pipeline.cache.reader import CacheReader
 from ddk_pipe.pipeline.cache.record import ShardRecord, committed, group_of, require_record
 from ddk_pipe.pipeline.cache.report import Report, SplitReport
@@ -11,7 +12,7 @@ from ddk_pipe.pipeline.cache.shards import Shard, SplitSize, shards_of, split_si
 from ddk_pipe.pipeline.cache.spec import CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.cache.verification import verify
 from ddk_pipe.pipeline.cache.windows import CachedWindow
-from ddk_pipe.pipeline.cache.writer import CacheWriter, planned
+from ddk_pipe.pipeline.cache.writer import CacheWriter
 
 __all__ = [
     "CacheReader",

@@ -1,19 +1,31 @@
-"""Which arrays a shard has, one row for each window (`spec` shows the picture)."""
+"""Which arrays a shard has, and what is written into their rows, one for each window (`spec` shows the picture)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import Expected
+from ddk_pipe.pipeline.cache.arrays import Arrays, Expected
+from ddk_pipe.pipeline.cache.ranks import Codecs
+from ddk_pipe.pipeline.cache.shards import Shard
 from ddk_pipe.pipeline.cache.spec import CacheSpec
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.targets import (
     MOST_ENTRIES,
+    MOST_PADDED,
+    NO_LABEL,
     Codec,
+    Context,
+    Selected,
+    SparseTargets,
+    encode_log,
 )
+from ddk_pipe.pipeline.text import labels_of
 
 STAMP_WORDS = 4  # u16 words that hold the window number
+LEAST_LOGPROB = -1e4  # a label the teacher thinks impossible (-inf) still has a code, 65535 means "no label"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -33,3 +45,70 @@ def target_arrays(spec: CacheSpec, codec: Codec, slot: int) -> dict[str, Expecte
     """The codec's planes of the slot-th temperature."""
     most = max(min(spec.seq_len * spec.vocab_size, MOST_ENTRIES), spec.seq_len)
     return {f"t{slot}/{name}": Expected(dtype, 1, most) for name, dtype in codec.planes.items()}
+
+
+def content(
+    shard: Shard,
+    spec: CacheSpec,
+    codecs: Codecs,
+    tokens: NDArray[np.int64],
+    loss_mask: NDArray[np.uint8],
+    selected: list[Selected],
+) -> tuple[dict[str, dict[str, Any]], Arrays]:
+    """Attributes of the shard's groups, and its arrays [windows, width].
+
+    Raises DdkError for a window that no reader would accept, ValueError for targets or labels that contradict each other.
+    """
+    whole = {"domain": shard.domain, "split": shard.split, "shard": shard.number}
+    attributes: dict[str, dict[str, Any]] = {"": {**whole, "fingerprint": spec.fingerprint}}
+    labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
+    arrays: Arrays = {
+        "tokens": tokens.astype(token_dtype(spec.vocab_size)),
+        "labels": _labels(shard, labels, selected),
+    }
+    contexts = [
+        Context(labels[row], codes, shard.key(shard.first_window + row))
+        for row, codes in enumerate(arrays["labels"][:, STAMP_WORDS:])
+    ]
+    for slot, temperature in enumerate(spec.plan.temperatures):
+        attributes[f"t{slot}"] = {"temperature": temperature}
+        codec, _ = codecs.of(shard.domain, slot)
+        _check_sizes(shard, [window.targets[slot] for window in selected])
+        planes = [
+            codec.encode(window.targets[slot], context)
+            for window, context in zip(selected, contexts, strict=True)
+        ]
+        for name, dtype in codec.planes.items():
+            arrays[f"t{slot}/{name}"] = _rectangle([window[name] for window in planes], dtype)
+    return attributes, arrays
+
+
+def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:
+    """Raises DdkError for a window that no reader would accept."""
+    for window in targets:
+        entries, padded = int((window.ids >= 0).sum()), window.positions * (window.ids.shape[1] + 1)
+        if entries > MOST_ENTRIES or padded > MOST_PADDED:
+            raise DdkError(
+                f"{shard.name}: a window of {entries:,} entries, {padded:,} when padded; at most"
+                f" {MOST_ENTRIES:,} and {MOST_PADDED:,} can be",
+                hint="lower seq_len, cache.k or cache.cap, or raise cache.tau",
+            )
+
+
+def _labels(shard: Shard, labels: NDArray[np.int64], selected: list[Selected]) -> NDArray[np.uint16]:
+    """Window number, then the code of each label's log-probability: u16 [windows, 4 + seq_len]."""
+    numbers = np.arange(shard.first_window, shard.first_window + shard.windows, dtype="<u8")
+    stamps = numbers.view("<u2").reshape(-1, STAMP_WORDS)
+    logprobs = np.stack([window.label_logprobs.cpu().numpy() for window in selected])
+    if not np.array_equal(np.isnan(logprobs), labels == NO_LABEL):
+        raise ValueError(f"{shard.name}: the teacher's log-probabilities are not those of the labels")
+    return np.concatenate([stamps, encode_log(np.maximum(logprobs, LEAST_LOGPROB))], axis=1)
+
+
+def _rectangle(rows: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Ragged rows side by side, filled up with zeros (which compress to nothing); at least one column."""
+    width = max(1, *(len(row) for row in rows))
+    out = np.zeros((len(rows), width), dtype)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out

@@ -11,45 +11,27 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import Arrays, write_group
+from ddk_pipe.pipeline.cache.arrays import write_group
 from ddk_pipe.pipeline.cache.damage import repair
-from ddk_pipe.pipeline.cache.layout import STAMP_WORDS, token_dtype
+from ddk_pipe.pipeline.cache.joining import check_shards, merged
+from ddk_pipe.pipeline.cache.layout import content
 from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_bytes, ranks_name
 from ddk_pipe.pipeline.cache.record import GROUP, FileFacts, ShardRecord, checks_text, read_record
 from ddk_pipe.pipeline.cache.shards import Shard, uncommitted
 from ddk_pipe.pipeline.cache.soundness import measure
-from ddk_pipe.pipeline.cache.spec import (
-    MOST_SHARDS,
-    SCHEMA_VERSION,
-    CacheSpec,
-    all_shards,
-    count_shards,
-    read_spec,
-)
+from ddk_pipe.pipeline.cache.spec import SCHEMA_VERSION, CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.cache.strict_json import MOST_JSON_BYTES
 from ddk_pipe.pipeline.cache.windows import ShardWindows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
-from ddk_pipe.pipeline.targets import (
-    MOST_ENTRIES,
-    MOST_PADDED,
-    NO_LABEL,
-    Context,
-    Ranks,
-    Selected,
-    SparseTargets,
-    encode_log,
-)
-from ddk_pipe.pipeline.text import labels_of
+from ddk_pipe.pipeline.targets import Ranks, Selected
 
-LEAST_LOGPROB = -1e4  # a label the teacher thinks impossible (-inf) still has a code, 65535 means "no label"
 COMMIT_TRIES = 5
 
 
@@ -71,10 +53,10 @@ class CacheWriter:
             with suppress(FileExistsError):  # somebody was faster: then theirs is the cache
                 self.folder.create("cache.json", spec.to_json())
         known = read_spec(self.folder)
-        merged = _merged(self.folder, known, spec)
-        if merged.domains != known.domains:
-            self.folder.write("cache.json", merged.to_json())
-        return merged
+        both = merged(self.folder, known, spec)
+        if both.domains != known.domains:
+            self.folder.write("cache.json", both.to_json())
+        return both
 
     def has_ranks(self, domain: str) -> bool:
         """True if the domain's rank table is there."""
@@ -109,43 +91,12 @@ class CacheWriter:
         scratch = self.folder.scratch()
         try:
             group = f"{shard.number:05d}.{secrets.token_hex(4)}.zarr"
-            attributes, arrays = self._content(shard, tokens, loss_mask, selected)
+            attributes, arrays = content(shard, self.spec, self._codecs, tokens, loss_mask, selected)
             write_group(scratch / group, attributes, arrays)
             record = self._record(shard, scratch, group, facts)
             return self._publish(shard, scratch / group, record)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-    def _content(
-        self,
-        shard: Shard,
-        tokens: NDArray[np.int64],
-        loss_mask: NDArray[np.uint8],
-        selected: list[Selected],
-    ) -> tuple[dict[str, dict[str, Any]], Arrays]:
-        """Attributes of the shard's groups, and its arrays [windows, width]."""
-        whole = {"domain": shard.domain, "split": shard.split, "shard": shard.number}
-        attributes: dict[str, dict[str, Any]] = {"": {**whole, "fingerprint": self.spec.fingerprint}}
-        labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
-        arrays: Arrays = {
-            "tokens": tokens.astype(token_dtype(self.spec.vocab_size)),
-            "labels": _labels(shard, labels, selected),
-        }
-        contexts = [
-            Context(labels[row], codes, shard.key(shard.first_window + row))
-            for row, codes in enumerate(arrays["labels"][:, STAMP_WORDS:])
-        ]
-        for slot, temperature in enumerate(self.spec.plan.temperatures):
-            attributes[f"t{slot}"] = {"temperature": temperature}
-            codec, _ = self._codecs.of(shard.domain, slot)
-            _check_sizes(shard, [window.targets[slot] for window in selected])
-            planes = [
-                codec.encode(window.targets[slot], context)
-                for window, context in zip(selected, contexts, strict=True)
-            ]
-            for name, dtype in codec.planes.items():
-                arrays[f"t{slot}/{name}"] = _rectangle([window[name] for window in planes], dtype)
-        return attributes, arrays
 
     def _record(self, shard: Shard, scratch: Path, group: str, facts: dict[str, Any]) -> ShardRecord:
         """The shard in `scratch`, read back as a student will read it: what cannot be read is never committed."""
@@ -224,76 +175,3 @@ class CacheWriter:
         names = self.folder.names(f"{shard.name}.")
         groups = {"/".join(name.split("/")[:3]) for name in names}
         return sorted(group for group in groups if GROUP.fullmatch(group.rpartition("/")[2]))
-
-
-def check_shards(folder: Folder, spec: CacheSpec) -> None:
-    """Raises DdkError for more shards than a cache may have."""
-    if count_shards(spec) > MOST_SHARDS:
-        raise DdkError(
-            f"{folder.name}: {count_shards(spec):,} shards, at most {MOST_SHARDS:,} can be",
-            hint="raise cache.shard_windows",
-        )
-
-
-def planned(folder: Folder, spec: CacheSpec) -> CacheSpec:
-    """What a CacheWriter's spec would be, writing nothing; raises DdkError for what it would refuse."""
-    check_shards(folder, spec)
-    return _merged(folder, read_spec(folder), spec) if folder.exists("cache.json") else spec
-
-
-def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:
-    """Raises DdkError for a window that no reader would accept."""
-    for window in targets:
-        entries, padded = int((window.ids >= 0).sum()), window.positions * (window.ids.shape[1] + 1)
-        if entries > MOST_ENTRIES or padded > MOST_PADDED:
-            raise DdkError(
-                f"{shard.name}: a window of {entries:,} entries, {padded:,} when padded; at most"
-                f" {MOST_ENTRIES:,} and {MOST_PADDED:,} can be",
-                hint="lower seq_len, cache.k or cache.cap, or raise cache.tau",
-            )
-
-
-def _labels(shard: Shard, labels: NDArray[np.int64], selected: list[Selected]) -> NDArray[np.uint16]:
-    """Window number, then the code of each label's log-probability: u16 [windows, 4 + seq_len]."""
-    numbers = np.arange(shard.first_window, shard.first_window + shard.windows, dtype="<u8")
-    stamps = numbers.view("<u2").reshape(-1, STAMP_WORDS)
-    logprobs = np.stack([window.label_logprobs.cpu().numpy() for window in selected])
-    if not np.array_equal(np.isnan(logprobs), labels == NO_LABEL):
-        raise ValueError(f"{shard.name}: the teacher's log-probabilities are not those of the labels")
-    return np.concatenate([stamps, encode_log(np.maximum(logprobs, LEAST_LOGPROB))], axis=1)
-
-
-def _rectangle(rows: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Ragged rows side by side, filled up with zeros (which compress to nothing); at least one column."""
-    width = max(1, *(len(row) for row in rows))
-    out = np.zeros((len(rows), width), dtype)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
-
-
-def _merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
-    """The known cache with the wanted domains; raises DdkError where the two disagree."""
-    ours, theirs = known.identity(), wanted.identity()
-    for name, value in theirs.items():
-        if ours[name] != value:
-            raise DdkError(
-                f"{folder.name}: made with another {name} ({_difference(ours[name], value)})",
-                hint="set cache.path to a new folder, or restore the old setting",
-            )
-    domains = {name: dict(splits) for name, splits in known.domains.items()}
-    for name, splits in wanted.domains.items():
-        for split, size in splits.items():
-            if domains.setdefault(name, {}).setdefault(split, size) != size:
-                raise DdkError(
-                    f"{folder.name}: {name}/{split} was cached from other tokens or in other shards",
-                    hint="set cache.path to a new folder, or restore the text",
-                )
-    return replace(known, domains=domains)
-
-
-def _difference(ours: Any, theirs: Any) -> str:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        changed = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        return ", ".join(f"{name} {ours.get(name)} there, {theirs.get(name)} here" for name in changed)
-    return f"{ours} there, {theirs} here"

@@ -1,6 +1,6 @@
 """Damage of every kind: an error that names the file and the way back; after repair and refill nothing is missing.
 
-What reading alone makes of a damaged file, case by case, is in tests/pipeline/cache/test_cache.py.
+What reading alone makes of a damaged file, case by case, is in tests/pipeline/cache/test_reader.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Ranks, Selected, select_logits
 from ddk_pipe.pipeline.text import TRAIN, VALIDATION, labels_of
 
+Content = dict[str, bytes]  # of files, by name
 VOCAB, SEQ_LEN = 90, 12
 SIZES = {TRAIN: SplitSize(10, 4, "train-digest"), VALIDATION: SplitSize(3, 4, "validation-digest")}
+FIRST, SECOND = Shard("code", TRAIN, 0, 0, 4), Shard("code", TRAIN, 1, 4, 4)
 RANKS = Ranks.fit(np.random.default_rng(0).integers(0, 50, VOCAB))
 
 
@@ -128,3 +131,36 @@ def verify_all(folder: Folder) -> None:
 def resealed(values: dict[str, Any]) -> bytes:
     """What a stranger can do: any values, and a seal that fits."""
     return durable.sealed({name: value for name, value in values.items() if name != "seal"})
+
+
+def reseal(folder: LocalFolder, **changes: Any) -> None:
+    """What a stranger can do to a record: any values, and a seal that fits."""
+    path = folder.path / FIRST.record
+    path.write_bytes(resealed({**json.loads(path.read_text()), **changes}))
+
+
+def holds(folder: Folder) -> Content:
+    return {name: folder.read(name) for name in folder.names()}
+
+
+def some_shard(folder: Folder, domain: str = "code") -> tuple[Shard, str]:
+    """The first shard of a domain's training windows, and its group."""
+    spec = read_spec(folder)
+    shard = next(s for s in all_shards(spec) if (s.domain, s.split) == (domain, "train"))
+    record = read_record(folder, shard, spec)
+    assert record is not None
+    return shard, group_of(shard, record)
+
+
+def flip(folder: Folder, name: str, at: int = -30) -> None:
+    damaged = bytearray(folder.read(name))
+    damaged[at] ^= 4
+    folder.write(name, bytes(damaged))
+
+
+def corrupt_data(folder: Folder, shard: Shard, group: str) -> None:
+    flip(folder, f"{group}/t0/octaves/c/0/0")
+
+
+def without(content: Content, *prefixes: str) -> Content:
+    return {name: part for name, part in content.items() if not name.startswith(prefixes)}

@@ -5,88 +5,32 @@ from __future__ import annotations
 import errno
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from caches import fill, make_plan, make_spec
+from caches import Content, corrupt_data, flip, holds, some_shard, without
 
 from ddk_pipe.pipeline.cache import (
     CacheReader,
     CacheSpec,
     Report,
     Shard,
-    SplitSize,
     all_shards,
     committed,
-    group_of,
     read_spec,
     verify,
 )
 from ddk_pipe.pipeline.cache import soundness as cache_soundness
 from ddk_pipe.pipeline.cache import verification as cache_verify
 from ddk_pipe.pipeline.cache.damage import repair
-from ddk_pipe.pipeline.cache.leftovers import STALE_SECONDS
 from ddk_pipe.pipeline.cache.ranks import ranks_bytes, read_ranks
 from ddk_pipe.pipeline.cache.record import read_record
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable, open_folder
 from ddk_pipe.pipeline.targets import Ranks
-from ddk_pipe.pipeline.text import TRAIN, VALIDATION
-
-Content = dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
-    """Every file, by name, of a cache of two domains with three shards each."""
-    folder = LocalFolder(tmp_path_factory.mktemp("small") / "cache")
-    sizes = {TRAIN: SplitSize(6, 4, "train-digest"), VALIDATION: SplitSize(2, 4, "validation-digest")}
-    fill(folder, make_spec(make_plan(temperatures=(1.0,)), domains={"code": sizes, "plays": sizes}))
-    return holds(folder)
-
-
-@pytest.fixture
-def cache(place: Folder, content: Content) -> Folder:
-    """A complete cache of two domains, on a disk and in an object store."""
-    for name, part in content.items():
-        place.write(name, part)
-    return place
-
-
-@pytest.fixture
-def disk(tmp_path: Path, content: Content) -> LocalFolder:
-    """The same on a disk only."""
-    folder = LocalFolder(tmp_path / "cache")
-    for name, part in content.items():
-        folder.write(name, part)
-    return folder
-
-
-def holds(folder: Folder) -> Content:
-    return {name: folder.read(name) for name in folder.names()}
-
-
-def some_shard(folder: Folder, domain: str = "code") -> tuple[Shard, str]:
-    """The first shard of a domain's training windows, and its group."""
-    spec = read_spec(folder)
-    shard = next(s for s in all_shards(spec) if (s.domain, s.split) == (domain, "train"))
-    record = read_record(folder, shard, spec)
-    assert record is not None
-    return shard, group_of(shard, record)
-
-
-def flip(folder: Folder, name: str, at: int = -30) -> None:
-    damaged = bytearray(folder.read(name))
-    damaged[at] ^= 4
-    folder.write(name, bytes(damaged))
-
-
-def without(content: Content, *prefixes: str) -> Content:
-    return {name: part for name, part in content.items() if not name.startswith(prefixes)}
 
 
 @pytest.mark.slow
@@ -105,10 +49,6 @@ def test_a_sound_cache(cache: Folder, content: Content) -> None:
     assert sum(windows for windows, _ in seen) == sum(shard.windows for shard in records)
     assert json.loads(json.dumps(report.to_dict()))["sound"] is True
     assert holds(cache) == content
-
-
-def corrupt_data(folder: Folder, shard: Shard, group: str) -> None:
-    flip(folder, f"{group}/t0/octaves/c/0/0")
 
 
 def corrupt_metadata(folder: Folder, shard: Shard, group: str) -> None:
@@ -252,78 +192,6 @@ def test_a_table_that_one_shard_was_not_coded_with(disk: LocalFolder) -> None:
     assert list(report.bad) == [shard.name] and not report.tables
     assert "not the table that" in report.bad[shard.name]
     assert read_ranks(disk, "code", read_spec(disk).vocab_size)
-
-
-# --- leftovers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_groups_of_writers_that_lost_or_died(cache: Folder, content: Content) -> None:
-    """One of a sound shard goes; one of a shard that is not committed may be about to be."""
-    shard, _ = some_shard(cache)
-    other, other_group = some_shard(cache, "plays")
-    lost = f"{shard.name}.0badcafe.zarr"
-    cache.write(f"{lost}/zarr.json", b"{}")
-    cache.remove(other.record)
-    report = verify(cache)
-    assert [(item.name, item.removable) for item in report.leftovers] == [(lost, True), (other_group, False)]
-    assert not report.foreign
-    assert verify(cache, repair=True).removed == [lost]
-    assert holds(cache) == without(content, other.record)
-
-
-def test_a_group_of_a_bad_shard_stays(disk: LocalFolder) -> None:
-    """Its shard will have no record after the repair, so that a writer may commit it."""
-    shard, group = some_shard(disk)
-    corrupt_data(disk, shard, group)
-    lost = f"{shard.name}.0badcafe.zarr"
-    disk.write(f"{lost}/zarr.json", b"{}")
-    assert set(verify(disk, repair=True).removed) == {shard.record, group}
-    assert disk.exists(f"{lost}/zarr.json")
-
-
-FOREIGN = ["README.md", "code/notes.txt", "code/train/99999.json", "code/train/99999.01234567.zarr/zarr.json"]
-FOREIGN += ["new/ranks.npy", "new/train/00000.json", "code/train/00000.json.bak", "code/train/0000x.json"]
-
-
-def test_what_is_not_ours_stays(disk: LocalFolder) -> None:
-    """Shards that disk.json does not list may be another writer's work of an hour."""
-    for name in FOREIGN:
-        disk.write(name, b"mine")
-    report = verify(disk, repair=True)
-    assert report.sound and report.foreign == sorted(FOREIGN) and not report.removed
-    assert all(disk.exists(name) for name in FOREIGN)
-
-
-def age(path: Path, seconds: float) -> None:
-    for part in [path, *path.rglob("*")]:
-        os.utime(part, (time.time() - seconds,) * 2)
-
-
-def test_partials_of_living_writers_stay(disk: LocalFolder, content: Content) -> None:
-    scratch = [disk.scratch(), disk.scratch()]
-    for folder in scratch:
-        (folder / "00000.01234567.zarr").mkdir()
-        (folder / "00000.01234567.zarr" / "zarr.json").write_bytes(b"{")
-    files = [
-        disk.path / "code" / ".ranks.npy.0a0a0a0a.partial",
-        disk.path / "code" / "train" / ".00000.json.1b1b1b1b.partial",
-    ]
-    for file in files:
-        file.write_bytes(b"{")
-    not_ours = disk.path / "code" / ".hidden.partial"
-    not_ours.write_bytes(b"")
-    for path in (scratch[0], files[0], not_ours):
-        age(path, STALE_SECONDS + 60)
-    age(scratch[1], STALE_SECONDS + 60)
-    (scratch[1] / "00000.01234567.zarr" / "zarr.json").write_bytes(b"{ still at it")
-    stale = {path.relative_to(disk.path).as_posix() for path in (scratch[0], files[0])}
-    report = verify(disk)
-    assert report.sound and len(report.leftovers) == 4
-    assert {item.name for item in report.leftovers if item.removable} == stale
-    assert set(verify(disk, repair=True).removed) == stale
-    assert scratch[1].exists() and files[1].exists() and not_ours.exists()
-    assert not scratch[0].exists() and not files[0].exists()
 
 
 # --- what is no damage ----------------------------------------------------------------------------

@@ -8,14 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.text import (
-    Document,
-    Encoder,
-    SplitWriter,
-    labels_of,
-    open_split,
-    pack,
-)
+from ddk_pipe.pipeline.text import Document, Encoder, SplitWriter, labels_of, open_split, pack
 
 
 def write(

@@ -21,6 +21,7 @@ from ddk_pipe.pipeline.manifest.fields import (
 )
 from ddk_pipe.pipeline.manifest.project import Project, load_project
 from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, SweepSpec, load_sweep
+from ddk_pipe.pipeline.manifest.training import check_tail, windows_per_domain, windows_per_step
 
 __all__ = [
     "DOMAIN_NAME",
@@ -43,7 +44,10 @@ __all__ = [
     "SweepSpec",
     "Teacher",
     "VllmOptions",
+    "check_tail",
     "load_project",
     "load_sweep",
     "reference",
+    "windows_per_domain",
+    "windows_per_step",
 ]

@@ -217,7 +217,7 @@ def distill(
     """
     if dry_run:
         from ddk_pipe.pipeline.manifest import load_project
-        from ddk_pipe.stages.distill import describe
+        from ddk_pipe.stages.cli.dry_run import describe
 
         for line in describe(load_project(manifest, overrides)):
             typer.echo(f"distill: {line}")

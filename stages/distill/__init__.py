@@ -3,8 +3,6 @@
 `run` is the order in which the files beside it act.
 """
 
-from ddk_pipe.stages.distill.checks import windows_per_step
-from ddk_pipe.stages.distill.dry_run import describe
 from ddk_pipe.stages.distill.run import distill
 from ddk_pipe.stages.distill.sources import sparse_batch, teacher_ce
 from ddk_pipe.stages.distill.students import DistillStudent, logit_softcap
@@ -12,11 +10,9 @@ from ddk_pipe.stages.distill.world import first_to_say
 
 __all__ = [
     "DistillStudent",
-    "describe",
     "distill",
     "first_to_say",
     "logit_softcap",
     "sparse_batch",
     "teacher_ce",
-    "windows_per_step",
 ]

@@ -23,9 +23,9 @@ import ddk_pipe
 from ddk_pipe.pipeline import mixing
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Distill, Project
+from ddk_pipe.pipeline.manifest import Distill, Project, windows_per_step
 from ddk_pipe.pipeline.metrics import Record
-from ddk_pipe.pipeline.mixing import DomainSampler, rank_slice
+from ddk_pipe.pipeline.mixing import DomainSampler, mixing_rule, rank_slice
 from ddk_pipe.pipeline.storage import durable, prefetch
 from ddk_pipe.stages.common import (
     StopFlag,
@@ -38,12 +38,11 @@ from ddk_pipe.stages.common import (
     track,
 )
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
-from ddk_pipe.stages.distill.checks import lopsided, mixing_rule, shared_tokenizer, windows_per_step
 from ddk_pipe.stages.distill.optimizer import make_optimizer
-from ddk_pipe.stages.distill.show import show_weights
+from ddk_pipe.stages.distill.show import lopsided, show_weights
 from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
 from ddk_pipe.stages.distill.step import Stepper
-from ddk_pipe.stages.distill.students import DistillStudent, build_student, save_student
+from ddk_pipe.stages.distill.students import DistillStudent, build_student, save_student, shared_tokenizer
 from ddk_pipe.stages.distill.trackers import Trackers
 from ddk_pipe.stages.distill.validation import Outcome, Validation
 from ddk_pipe.stages.distill.world import World, join_world, wrap

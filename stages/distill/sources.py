@@ -13,7 +13,7 @@ from torch import Tensor
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import DenseTargets
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.manifest import Project, check_tail
 from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config
 from ddk_pipe.pipeline.storage import is_url
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets, stack
@@ -26,7 +26,6 @@ from ddk_pipe.pipeline.text import (
     tokenizer_digest,
     tokenizer_size,
 )
-from ddk_pipe.stages.distill.checks import check_tail
 
 NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
 ONLINE_VALIDATION_K = 128  # the teacher's tokens kept for validation; the rest is one bucket

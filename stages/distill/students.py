@@ -1,4 +1,4 @@
-"""Students: built from a model, a configuration or the teacher's layers; saved as ordinary model folders."""
+"""Students: built from a model, a configuration or the teacher's layers; saved as ordinary model folders, tokenizer included."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from ddk_pipe.pipeline.models import (
     check_length,
     forward_ends_in,
     head_is_plain,
+    load_tokenizer,
     model_folder,
     read_config,
     text_config,
 )
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.pipeline.targets import SparseTargets
+from ddk_pipe.pipeline.text import tokenizer_digest
 
 
 class DistillStudent(nn.Module):
@@ -194,6 +196,26 @@ def _layer_list(lm: Any, depth: int) -> tuple[nn.Module, str, nn.ModuleList]:
         f"student.keep_layers: no list of {depth} layers in {type(lm).__name__}",
         hint="use student.config or student.model",
     )
+
+
+def shared_tokenizer(project: Project, digest: str) -> Any:
+    """The targets' tokenizer, which the student is saved with; a student's own must mean the same by its ids.
+
+    `digest` is that of the tokenizer that the targets were made with. Raises DdkError naming the one that differs.
+    """
+    student = project.manifest.student
+    names = [("tokenizer", project.tokenizer)]
+    if student is not None and student.model is not None:
+        names.append(("student.model", project.model(student.model, field="student.model")))
+    trust = project.manifest.teacher.trust_remote_code
+    loaded = [load_tokenizer(name, field=field, trust_remote_code=trust) for field, name in names]
+    for (field, name), tokenizer in zip(names, loaded, strict=True):
+        if tokenizer_digest(tokenizer) != digest:
+            raise DdkError(
+                f"{field}: the tokenizer of {name} is not the one the cache at {project.cache} was made with",
+                hint="use a student with the teacher's tokenizer, or make another cache",
+            )
+    return loaded[0]
 
 
 def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import N_SUMS, summary
-from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.manifest import Project, windows_per_domain
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.distill.sources import Source, sparse_batch, teacher_ce
-from ddk_pipe.stages.distill.validation_size import windows_per_domain
 from ddk_pipe.stages.distill.world import Wrapped
 
 FloatArray = NDArray[np.float64]

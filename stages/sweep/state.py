@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project, RunSpec, Sweep
+from ddk_pipe.pipeline.manifest import Project, RunSpec, Sweep, windows_per_step
 from ddk_pipe.stages.common import clock
-from ddk_pipe.stages.distill import windows_per_step
 from ddk_pipe.stages.sweep.record import finished_tokens_per_second, trials_before
 from ddk_pipe.stages.sweep.search import Trial
 from ddk_pipe.stages.sweep.stop import STOPPED, Judge

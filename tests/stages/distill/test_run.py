@@ -1,4 +1,4 @@
-"""The loop's options: baselines, schedules, stopping, validation, trackers, dry runs, what is refused."""
+"""The loop's options: baselines, stopping, validation, trackers, what is refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib.util
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import MakeProject, make_model, make_tokenizer
-from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
-from ddk_pipe.stages.cli.app import app
 from ddk_pipe.stages.distill import distill
-from ddk_pipe.stages.distill.checks import lopsided
 from ddk_pipe.stages.distill.run import Run
-from ddk_pipe.stages.distill.schedules import gamma_at, learning_rate
-from ddk_pipe.stages.distill.show import weight_lines
+from ddk_pipe.stages.distill.show import lopsided
 from ddk_pipe.stages.distill.trackers import folder_of
-from ddk_pipe.stages.distill.validation_size import windows_per_domain
-
-MANIFESTS = Path(__file__).resolve().parents[3] / "manifests"
 
 
 def run(manifest: Path, *sets: str) -> tuple[dict[str, Any], Path]:
@@ -224,61 +215,7 @@ def test_compiled_layers_train_the_same(cached: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-# --- schedules ----------------------------------------------------------------------------------------
-
-
-def options(**values: Any) -> Distill:
-    return Distill.model_validate({"steps": 100, **values})
-
-
-def test_learning_rates() -> None:
-    shapes = {
-        name: [
-            learning_rate(options(schedule={"name": name, "warmup_fraction": 0.1}), step)
-            for step in range(100)
-        ]
-        for name in ("cosine", "linear", "wsd", "constant")
-    }
-    for rates in shapes.values():
-        assert rates[:10] == pytest.approx([3e-4 * (step + 1) / 10 for step in range(10)])
-    assert set(shapes["constant"][9:]) == {3e-4} == set(shapes["wsd"][9:81])
-    assert shapes["wsd"][90] == pytest.approx(3e-4 * 0.55)  # half of the way from 1 to 0.1
-    assert shapes["linear"][55] == pytest.approx(3e-4 * 0.55) == shapes["cosine"][55]
-    for name in ("cosine", "linear", "wsd"):
-        assert all(a >= b for a, b in itertools.pairwise(shapes[name][10:]))
-        assert 3e-5 <= shapes[name][-1] < 5e-5
-
-
-def test_the_papers_schedule() -> None:
-    paper = load_project(MANIFESTS / "ddk-qwen1.5-14b-to-1.8b.yaml").manifest.distill
-    assert learning_rate(paper, 0) == pytest.approx(3e-8)
-    assert learning_rate(paper, 999) == pytest.approx(3e-5) == learning_rate(paper, 1000)
-    assert learning_rate(paper, 29_999) == pytest.approx(3e-6, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_gamma_schedules(cached: Path) -> None:
-    constant = options(gamma=0.5)
-    assert {gamma_at(constant, step) for step in range(100)} == {0.5}
-    falling = options(gamma=0.5, gamma_schedule={"name": "linear", "first_ratio": 2.0, "final_ratio": 0.0})
-    values = [gamma_at(falling, step) for step in range(100)]
-    assert values[0] == 1.0 and values[-1] == 0.0 and values[33] == pytest.approx(2 / 3)
-    _, folder = run(cached, "distill.gamma_schedule={name: cosine, first_ratio: 0, final_ratio: 1}")
-    rows = read_rows(folder, "steps")
-    assert rows[0]["gamma"] == 0 and rows[0]["loss"] == rows[0]["ce"]
-    assert rows[-1]["gamma"] == pytest.approx(0.2) and rows[-1]["loss"] > rows[-1]["ce"]
-
-
 # --- validation and record ------------------------------------------------------------------------------
-
-
-def test_validation_keeps_to_its_budget() -> None:
-    given = options(validation_windows=500, interval_steps=10, batch_tokens=1000)
-    assert windows_per_domain(given, 100, 5) == 500
-    for budget, expected in ((0.5, 10), (0.05, 1), (0.001, 1)):
-        bounded = given.model_copy(update={"validation_budget": budget})
-        assert windows_per_domain(bounded, 100, 5) == expected
-        assert expected * 100 * 5 <= max(budget * 10_000, 500)
 
 
 @pytest.mark.slow
@@ -312,64 +249,6 @@ def test_tensorboard_has_the_rows(cached: Path) -> None:
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
     assert [event.step for event in events.Scalars("plays/weight")] == [0, 2, 4, 6]
-
-
-def test_bars_show_shares() -> None:
-    lines = weight_lines(["code", "plays"], [0.25, 0.75], [0.5, -0.125])
-    assert [line.count("█") for line in lines] == [8, 22]
-    assert "25.0%" in lines[0] and "gap -0.125" in lines[1]
-
-
-# --- dry runs ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in MANIFESTS.glob("ddk-*.yaml")))
-def test_the_papers_manifests_pass_a_dry_run(name: str) -> None:
-    result = CliRunner().invoke(app, ["distill", str(MANIFESTS / name), "--dry-run"])
-    assert result.exit_code == 0, result.stderr
-    for part in (
-        "524,288 tokens a step, 30,000 steps",
-        "CE + 0.2 KL(teacher || student) at T = 1",
-        "5.0% to 55.0% a domain",
-        "warm-up of 1,000 steps to 3e-05, then cosine to 3e-06",
-        "500 windows a domain every 1,000 steps",
-    ):
-        assert part in result.stdout
-    values = load_project(MANIFESTS / name).manifest
-    assert len(values.domains) == 10
-    assert (values.distill.alpha, values.distill.interval_steps, values.distill.gamma) == (0.5, 1000, 0.2)
-
-
-def test_a_dry_run_imports_no_torch_and_writes_nothing(make_project: MakeProject, tmp_path: Path) -> None:
-    manifest = make_project()
-    code = (
-        "import sys; from typer.testing import CliRunner; from ddk_pipe.stages.cli import app;"
-        f"r = CliRunner().invoke(app, ['distill', {str(manifest)!r}, '--dry-run']);"
-        "print(r.exit_code, 'torch' in sys.modules, 'not there yet' in r.stdout)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "False", "True"]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("distill.temperature=2.0", r"distill.temperature: 2.0 is not in cache.temperatures \(1.0\)"),
-        ("distill.direction=reverse", "reverse KL needs a tail bucket, and pps caches have none"),
-        ("distill.tail=renormalise", "pps caches have no tail to throw away"),
-        ("distill.mixing=dkd", "no mixing rule 'dkd'; use 'ddk'"),
-        ("distill.mixing_options={eta: 1}", "no option of the mixing rule ddk 'eta'"),
-        ("distill.prior={code: 1}", "distill.prior: plays stands in only one of prior and domains"),
-        ("distill.prior={code: 0, plays: 0}", "distill.prior: all shares are 0"),
-        ("student=null", "student: missing"),
-    ],
-)
-def test_a_dry_run_refuses_what_distill_would(make_project: MakeProject, override: str, message: str) -> None:
-    from ddk_pipe.stages.distill import describe
-
-    with pytest.raises(DdkError, match=message):
-        describe(load_project(make_project(), [override]))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

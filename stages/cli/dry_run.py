@@ -6,9 +6,16 @@ import os
 from collections.abc import Iterator
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Distill, Project, Schedule, Student
-from ddk_pipe.stages.distill.checks import check_tail, mixing_rule, windows_per_step
-from ddk_pipe.stages.distill.validation_size import windows_per_domain
+from ddk_pipe.pipeline.manifest import (
+    Distill,
+    Project,
+    Schedule,
+    Student,
+    check_tail,
+    windows_per_domain,
+    windows_per_step,
+)
+from ddk_pipe.pipeline.mixing import mixing_rule
 
 TAIL_SCHEMES = ("threshold", "topk")
 

@@ -43,8 +43,10 @@ from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import TRAIN, open_split
 from ddk_pipe.stages.common import prepare_cpu
-from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.parts import Parts
+from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.sources import _bare
+from ddk_pipe.stages.distill.windows import steps_of_windows
 
 VARIANTS = ("ours", "ours_skip", "ce_only", "online_dense", "online_hf")
 SKIPS, LARGEST_ERROR = (
@@ -99,14 +101,12 @@ class Steps:
         if variant == "ours_skip":
             sets.append(f"distill.gradient_skip={skip}")
         self.project: Project = load_project(manifest, sets)
-        self.run, self.variant = Run(self.project, {}), variant
+        self.parts, self.variant = Parts(self.project), variant
         if variant in ("ce_only", "online_hf"):
-            self.run.source.read = _in_memory(self.project)  # type: ignore[method-assign, assignment]
-        shares = [1 / len(self.run.domains)] * len(self.run.domains)
-        from ddk_pipe.stages.distill.run import Position
-
-        self.position = Position(0, 0.0, shares, shares, self.run.sampler.state_dict(), "")
-        self.data = self.run._steps_of_windows(self.position)
+            self.parts.source.read = _in_memory(self.project)  # type: ignore[method-assign, assignment]
+        shares = [1 / len(self.parts.domains)] * len(self.parts.domains)
+        self.position = Position(0, 0.0, shares, shares, self.parts.sampler.state_dict(), "")
+        self.data = steps_of_windows(self.parts, self.position)
         self.teacher = _hf_teacher(self.project) if variant == "online_hf" else None
         self.waited = 0.0
 
@@ -115,7 +115,7 @@ class Steps:
         data = next(self.data)
         self.waited += data.waited_seconds
         if self.variant in ("ours", "ours_skip", "online_dense"):
-            self.run.stepper.step(self.position.step, data.windows, data.names)
+            self.parts.stepper.step(self.position.step, data.windows, data.names)
         else:
             self._transformers_step(data.windows)
 
@@ -125,7 +125,7 @@ class Steps:
         # transformers shifts by itself: the label of position t is token t + 1
         shifted = torch.full_like(labels, NO_LABEL)
         shifted[:, 1:] = labels[:, :-1]
-        lm, optimizer = self.run.student.lm.train(), self.run.optimizer
+        lm, optimizer = self.parts.student.lm.train(), self.parts.optimizer
         found = lm(input_ids=tokens, labels=shifted, use_cache=False)
         loss = found.loss
         if self.teacher is not None:
@@ -148,15 +148,15 @@ class Steps:
 def choose_skip(manifest: Path, student: str) -> tuple[float, float]:
     """(threshold of gradient_skip, its gradient's error relative to the exact gradient's norm)."""
     steps = Steps(manifest, student, "ours")
-    windows, stepper = next(steps.data).windows, steps.run.stepper
+    windows, stepper = next(steps.data).windows, steps.parts.stepper
     labels = float(sum(int((window.labels != NO_LABEL).sum()) for window in windows))
     exact_options = stepper.options
 
     def gradient(threshold: float | None) -> list[torch.Tensor]:
-        steps.run.optimizer.zero_grad(set_to_none=True)
+        steps.parts.optimizer.zero_grad(set_to_none=True)
         stepper.options = exact_options.model_copy(update={"gradient_skip": threshold})
         stepper._backward(0, windows, labels, GAMMA)
-        return [p.grad.clone() for p in steps.run.student.parameters() if p.grad is not None]
+        return [p.grad.clone() for p in steps.parts.student.parameters() if p.grad is not None]
 
     def norm(tensors: list[torch.Tensor]) -> float:
         return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
@@ -214,7 +214,7 @@ def measure(manifest: Path, student: str, rounds: int) -> tuple[list[Row], list[
         rows.append(
             {
                 "student": student,
-                "student_parameters": sum(p.numel() for p in variants[name].run.student.parameters()),
+                "student_parameters": sum(p.numel() for p in variants[name].parts.student.parameters()),
                 "variant": name,
                 **option,
                 **{f"wall_seconds_{key}": value for key, value in spread(list(wall)).items()},

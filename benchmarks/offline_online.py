@@ -43,6 +43,8 @@ from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.distill import sparse_batch
+from ddk_pipe.stages.distill.parts import Parts
+from ddk_pipe.stages.distill.position import settings_of
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source
 from ddk_pipe.stages.teachers.hf import HfTeacher
@@ -93,12 +95,12 @@ class KnownOnline(OnlineSource):
         return Batch(bare.tokens, bare.labels, KnownOnline.known.targets(windows))
 
 
-class OnlineRun(Run):
+class OnlineParts(Parts):
     def _source(self) -> Source:
         return KnownOnline(self.project, self.device, lead=True, wait=self.world.wait)
 
 
-KINDS: dict[str, type[Run]] = {"online": OnlineRun}
+KINDS: dict[str, type[Parts]] = {"online": OnlineParts}
 
 
 class Judge:
@@ -175,10 +177,10 @@ def final_losses(manifest: Path, judge: Judge, variant: str, seed: int) -> tuple
     """Validation CE and KL after the last step of one run."""
     sets = [*SETS[variant], f"distill.seed={seed}", f"distill.name={variant}-{seed}"]
     project = load_project(manifest, sets)
-    run = KINDS.get(variant, Run)(project, {})
-    run.go()
+    parts = KINDS.get(variant, Parts)(project)
+    Run(parts, settings_of(project)).go()
     shutil.rmtree(project.run)
-    return judge.losses(run.student.lm)
+    return judge.losses(parts.student.lm)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:

@@ -1,10 +1,10 @@
 """`ddk-pipe distill`: one student's training from the cache (or beside the teacher), from its first weights to its folder.
 
-`run` is the order in which the files beside it act.
+`stage` is where it begins, and `run` the order in which the files beside it act.
 """
 
-from ddk_pipe.stages.distill.run import distill
 from ddk_pipe.stages.distill.sources import sparse_batch, teacher_ce
+from ddk_pipe.stages.distill.stage import distill
 from ddk_pipe.stages.distill.students import DistillStudent, logit_softcap
 from ddk_pipe.stages.distill.world import first_to_say
 

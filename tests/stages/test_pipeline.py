@@ -31,6 +31,7 @@ from ddk_pipe.pipeline.text import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.cli.app import app
 from ddk_pipe.stages.distill import distill, teacher_ce
+from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.schedules import learning_rate
 from ddk_pipe.stages.distill.sources import CacheSource
@@ -136,8 +137,8 @@ def test_teacher_ce_in_the_cache_is_the_models_own(with_cache: Project, tiny_tea
 
 def test_student_equal_to_the_teacher_has_no_gap(with_cache: Project, tmp_path: Path) -> None:
     same = load_project(tmp_path / "manifest.yaml", ["student.keep_layers=[0, 1, 2]"])
-    run = Run(same, {})
-    assert run.validation.run().student_ce == pytest.approx(run.teacher_ce, abs=1e-3)
+    parts = Parts(same)
+    assert parts.validation.run().student_ce == pytest.approx(parts.teacher_ce, abs=1e-3)
 
 
 # --- prepare --------------------------------------------------------------------------------------

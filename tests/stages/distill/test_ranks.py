@@ -23,7 +23,9 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.cache_teacher import cache_teacher
-from ddk_pipe.stages.distill.run import Position, Run
+from ddk_pipe.stages.distill.parts import Parts
+from ddk_pipe.stages.distill.position import Position
+from ddk_pipe.stages.distill.windows import steps_of_windows
 from ddk_pipe.stages.distill.world import World, join_world
 
 RANKS, WINDOWS = 2, 8
@@ -50,14 +52,14 @@ def project_of(manifest: str, parallel: str, tied: bool) -> Project:
 
 def gradients(project: Project, world: World) -> dict[str, Any]:
     """Of the first step, whole, by name; and this rank's labels."""
-    run = Run(project, {}, world)
-    position = Position(0, 0.0, [0.5, 0.5], [0.5, 0.5], run.sampler.state_dict(), "")
-    data = next(run._steps_of_windows(position))
+    parts = Parts(project, world)
+    position = Position(0, 0.0, [0.5, 0.5], [0.5, 0.5], parts.sampler.state_dict(), "")
+    data = next(steps_of_windows(parts, position))
     labels = [int((window.labels != NO_LABEL).sum()) for window in data.windows]
     total = float(sum(sum(own) for own in world.gather(labels)))
-    sums = world.sum(run.stepper._backward(0, data.windows, total, 0.2))
+    sums = world.sum(parts.stepper._backward(0, data.windows, total, 0.2))
     found = {}
-    for name, parameter in run.student.named_parameters():
+    for name, parameter in parts.student.named_parameters():
         assert parameter.grad is not None, name
         sharded = isinstance(parameter.grad, DTensor)
         found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
@@ -135,7 +137,7 @@ def test_windows_that_do_not_divide_are_refused(make_project: MakeProject) -> No
     with pytest.raises(
         DdkError, match="3 windows a step do not divide among 2 processes; set batch_tokens to a"
     ):
-        Run(project, {}, World(rank=0, size=2))
+        Parts(project, World(rank=0, size=2))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.checkpoints import _Unpickler
+from ddk_pipe.stages.distill.intervals import end_interval
+from ddk_pipe.stages.distill.journal import Journal
+from ddk_pipe.stages.distill.parts import Parts
+from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.step import Stepper
 
@@ -130,17 +134,16 @@ def checkpoints_of(run: Path) -> list[int]:
 def test_keep_last_and_keep_best(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = ["distill.steps=12", "distill.checkpoint_steps=1", "distill.keep_last=2", "distill.keep_best=true"]
     gaps = iter([1.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
-    real = Run._end_of_interval
 
-    def with_gap(self: Run, position: Any, record: Any) -> None:
+    def with_gap(parts: Parts, journal: Journal, position: Position) -> None:
         """The student gets worse after the second interval: which is best must not depend on luck."""
-        teacher_ce, gap = self.teacher_ce, next(gaps)
-        outcome = self.validation.run()
-        self.teacher_ce = outcome.student_ce - gap
-        real(self, position, record)
-        self.teacher_ce = teacher_ce
+        teacher_ce, gap = parts.teacher_ce, next(gaps)
+        outcome = parts.validation.run()
+        parts.teacher_ce = outcome.student_ce - gap
+        end_interval(parts, journal, position)
+        parts.teacher_ce = teacher_ce
 
-    monkeypatch.setattr(Run, "_end_of_interval", with_gap)
+    monkeypatch.setattr("ddk_pipe.stages.distill.run.end_interval", with_gap)
     stop_at(monkeypatch, 7)
     project = load_project(cached, sets)
     with pytest.raises(KeyboardInterrupt):

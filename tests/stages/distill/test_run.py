@@ -19,7 +19,10 @@ from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
 from ddk_pipe.stages.distill import distill
-from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.intervals import begin_first
+from ddk_pipe.stages.distill.journal import Journal
+from ddk_pipe.stages.distill.parts import Parts
+from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.show import lopsided
 from ddk_pipe.stages.distill.trackers import folder_of
 
@@ -102,20 +105,17 @@ def test_one_domain_is_enough(make_project: MakeProject) -> None:
     assert {row["weight"] for row in read_rows(folder, "validation")} == {1.0}
 
 
-def far_behind_in_code(self: Run, record: Any) -> Any:
-    """_start of a student that is three nats further behind on the first domain than it is."""
-    self.teacher_ce = self.teacher_ce - np.array([3.0, 0.0])
-    return START(self, record)
-
-
-START = Run._start
+def far_behind_in_code(parts: Parts, journal: Journal, settings: str) -> Position:
+    """begin_first of a student that is three nats further behind on the first domain than it is."""
+    parts.teacher_ce = parts.teacher_ce - np.array([3.0, 0.0])
+    return begin_first(parts, journal, settings)
 
 
 @pytest.mark.slow
 def test_an_interval_of_one_domain_alone_is_warned_of_once(
     cached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Run, "_start", far_behind_in_code)
+    monkeypatch.setattr("ddk_pipe.stages.distill.run.begin_first", far_behind_in_code)
     summary, folder = run(cached)
     (warning,) = summary["warnings"]
     assert re.fullmatch(

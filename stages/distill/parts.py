@@ -1,0 +1,81 @@
+"""What a run is made of, put together from the manifest: targets, student, optimizer, sampler, validation, checkpoints."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import Distill, Project, windows_per_step
+from ddk_pipe.pipeline.mixing import DomainSampler, mixing_rule
+from ddk_pipe.stages.common import pick_device, pick_dtype
+from ddk_pipe.stages.distill.checkpoints import Checkpoints
+from ddk_pipe.stages.distill.optimizer import make_optimizer
+from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
+from ddk_pipe.stages.distill.step import Stepper
+from ddk_pipe.stages.distill.students import DistillStudent, build_student, shared_tokenizer
+from ddk_pipe.stages.distill.validation import Validation
+from ddk_pipe.stages.distill.world import World, wrap
+
+
+class Parts:
+    """The parts of one run on this process of its world. Raises DdkError for those that do not fit together."""
+
+    def __init__(self, project: Project, world: World | None = None) -> None:
+        self.project, self.world = project, world or World()
+        self.options: Distill = project.manifest.distill
+        self.domains = list(project.manifest.domains)
+        self.device = self.world.device(pick_device(self.options.device))
+        if self.options.gradient_skip is not None and self.device.type != "cpu":
+            raise DdkError(
+                f"distill.gradient_skip: works on a CPU only, and the student is on {self.device}",
+                hint="leave it out, or set distill.device: cpu",
+            )
+        self.windows_per_step = windows_per_step(self.options, project.manifest.seq_len, self.world.size)
+        self.tokens_per_step = self.windows_per_step * project.manifest.seq_len
+        self.source = self._source()
+        self.sizes = self.source.sizes
+        self.rule = mixing_rule(self.options, self.domains, self.sizes)
+        self.tokenizer = shared_tokenizer(project, self.source.tokenizer_digest)
+        self.wrapped = wrap(self._student(), self.world, parallel=self.options.parallel, dtype=self._dtype())
+        self.student = self.wrapped.student
+        self.optimizer = make_optimizer(self.student, self.options)
+        self.sampler = DomainSampler(
+            self.sizes, seed=self.options.seed, reshuffle=self.options.exhausted == "reshuffle"
+        )
+        self.validation = Validation(project, self.source, self.wrapped, self._autocast)
+        self.teacher_ce = self.validation.teacher_ce
+        self.stepper = Stepper(
+            self.options, self.source, self.wrapped, self.optimizer, self._autocast, self.domains
+        )
+        self.checkpoints = Checkpoints(
+            project.run / "checkpoints",
+            self.wrapped,
+            self.optimizer,
+            keep_last=self.options.keep_last,
+            keep_best=self.options.keep_best,
+        )
+
+    def _source(self) -> Source:
+        if self.options.targets == "cache":
+            return CacheSource(self.project)
+        return OnlineSource(self.project, self.device, lead=self.world.leads, wait=self.world.wait)
+
+    def _student(self) -> DistillStudent:
+        lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+        student = DistillStudent(lm.to(self.device))
+        if self.options.activation_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.options.compile:
+            for block in student.blocks:  # in place: names stay, and FSDP2 wraps the compiled layers
+                block.compile()
+        return student
+
+    def _dtype(self) -> torch.dtype:
+        return pick_dtype(self.options.precision, self.device)
+
+    def _autocast(self) -> Any:
+        dtype = self._dtype()
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)

@@ -93,7 +93,7 @@ def test_everything_is_skipped_the_second_time(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.stage.open_teacher", never)
+    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.plan.open_teacher", never)
     outcome = cache_teacher(with_cache)
     distill(with_cache)
     assert snapshot(with_cache.output) == before

@@ -47,12 +47,12 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.stage.open_teacher", never)
+    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.plan.open_teacher", never)
 
 
 def wrap(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[Window]], None]) -> None:
     monkeypatch.setattr(
-        "ddk_pipe.stages.cache_teacher.stage.open_teacher",
+        "ddk_pipe.stages.cache_teacher.plan.open_teacher",
         lambda *arguments, **options: Wrapped(before, *arguments, **options),
     )
 
@@ -294,7 +294,7 @@ def test_two_processes_one_of_which_is_killed(
 
     monkeypatch.setattr(local, "_start", start)
     monkeypatch.setattr(
-        "ddk_pipe.stages.cache_teacher.stage.open_teacher", DiesOnce(shard="code/train/1/", note=note)
+        "ddk_pipe.stages.cache_teacher.plan.open_teacher", DiesOnce(shard="code/train/1/", note=note)
     )
     cache_teacher(project, Request(workers=2))
     ends = {worker.process.pid: worker.process.exitcode for worker in started}
@@ -307,9 +307,7 @@ def test_two_processes_one_of_which_is_killed(
 
 @pytest.mark.slow
 def test_workers_that_cannot_work_say_why(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "ddk_pipe.stages.cache_teacher.stage.open_teacher", Refuses("no room for the teacher")
-    )
+    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.plan.open_teacher", Refuses("no room for the teacher"))
     with pytest.raises(DdkError, match="no room for the teacher; none"):
         cache_teacher(project, Request(workers=2))
 

@@ -1,12 +1,48 @@
-"""The commands about many students: sweep, report, evaluate, export. Heavy imports stand inside them."""
+"""The commands about students: distill, sweep, evaluate, export. Heavy imports stand inside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ddk_pipe.stages.cli.arguments import (
+    DEFAULT_MANIFEST,
+    ManifestArgument,
+    Overrides,
+    checked_project,
+    prepare_machine,
+)
+
+
+def distill(
+    manifest: ManifestArgument = DEFAULT_MANIFEST,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the manifest and say what would be done; loads nothing")
+    ] = False,
+) -> None:
+    """Train a student from the cache; the teacher is not needed any more. Continues where it stopped.
+
+    \b
+    Example:
+      ddk-pipe distill manifest.yaml
+      ddk-pipe distill manifest.yaml --dry-run
+      torchrun --nproc-per-node 8 --no-python ddk-pipe distill manifest.yaml --set distill.parallel=fsdp
+      ddk-pipe distill manifest.yaml --set distill.name=uniform --set distill.mixing=uniform
+    """
+    if dry_run:
+        from ddk_pipe.pipeline.manifest import load_project
+        from ddk_pipe.stages.cli.dry_run import describe
+
+        for line in describe(load_project(manifest, overrides)):
+            typer.echo(f"distill: {line}")
+        return
+    project = checked_project(manifest, overrides)
+    from ddk_pipe.stages.distill import distill as run
+
+    run(project)
 
 
 def sweep(
@@ -49,32 +85,8 @@ def sweep(
     if status:
         stage.status(file)
         return
-    from ddk_pipe.stages.common import prepare_cpu
-
-    prepare_cpu()
+    prepare_machine()
     stage.sweep(file, stage.Request(parallel, engine, threads, yes, dry_run))
-
-
-def report(
-    place: Annotated[Path, typer.Argument(help="the folder of a run or of a sweep, or the sweep file")],
-    kind: Annotated[
-        str, typer.Option("--format", help="html, or png or svg: every picture as a file")
-    ] = "html",
-    out: Annotated[
-        Path | None, typer.Option(help="the page, or the folder of the pictures; in PLACE if left out")
-    ] = None,
-) -> None:
-    """Show a run or a sweep: text here, and one self-contained HTML page. Also while it is unfinished.
-
-    \b
-    Example:
-      ddk-pipe report out/distill/student
-      ddk-pipe report sweep.yaml
-      ddk-pipe report out/sweeps/sweep --format png --out pictures
-    """
-    from ddk_pipe.stages.report import report as run
-
-    run(place, kind=kind, out=out)
 
 
 def evaluate(
@@ -106,9 +118,7 @@ def evaluate(
       ddk-pipe evaluate out/distill/student --tasks my_questions --task-folder tasks
       ddk-pipe evaluate some/model --cache out/cache --json
     """
-    from ddk_pipe.stages.common import prepare_cpu
-
-    prepare_cpu()
+    prepare_machine()
     from ddk_pipe.stages import evaluate as stage
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -142,19 +152,9 @@ def export(
       ddk-pipe export out/distill/student --to my-student --license apache-2.0 --language en
       ddk-pipe export out/distill/student --to my-student --license mit --push me/my-student
     """
-    from ddk_pipe.stages.common import prepare_cpu
-
-    prepare_cpu()
+    prepare_machine()
     from ddk_pipe.stages.export import CardOptions, Target
     from ddk_pipe.stages.export import export as write
 
     options = CardOptions(name, licence, tuple(language or ()), data, teacher_licence)
     write(run, Target(to, dtype, push, public), options)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "sweep": sweep,
-    "report": report,
-    "evaluate": evaluate,
-    "export": export,
-}

@@ -1,0 +1,60 @@
+"""What a command that cannot go on says: one line, and an exit status."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from ddk_pipe.pipeline.errors import DdkError
+
+P = ParamSpec("P")
+
+
+def friendly(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake becomes one line and exit status 2.
+
+    Ctrl-C and SIGTERM say how to continue, statuses 130 and 143.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        from ddk_pipe.pipeline.storage import durable
+
+        try:
+            command(*args, **kwargs)
+        except DdkError as mistake:
+            _stop(str(mistake), 2)
+        except KeyboardInterrupt as stop:
+            terminated = type(stop) is not KeyboardInterrupt  # by SIGTERM (ddk_pipe.stages.common.stopping)
+            again = f"run the same command again to continue: {shlex.join(['ddk-pipe', *sys.argv[1:]])}"
+            how = "terminated" if terminated else "interrupted"
+            _stop(f"{how}; what is finished is kept, {again}", 143 if terminated else 130)
+        except OSError as problem:
+            mistake_or_none = durable.explain(problem)
+            if mistake_or_none is None:
+                raise
+            _stop(str(mistake_or_none), 2)
+
+    return wrapped
+
+
+def _stop(text: str, status: int) -> None:
+    line = f"ddk-pipe: {' '.join(text.split())}"
+    if _is_news(line):
+        typer.echo(line, err=True)
+    raise typer.Exit(status)
+
+
+def _is_news(line: str) -> bool:
+    """False if another process of this run (torchrun) has told the user the very same."""
+    if "RANK" not in os.environ:
+        return True
+    from ddk_pipe.stages.distill import first_to_say
+
+    return first_to_say(line)

@@ -11,7 +11,7 @@ import click
 import typer
 import yaml
 
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 
 FOLDER = Path(__file__).parents[1] / "docs" / "cluster"
 SLURM = FOLDER / "cache-teacher.sbatch"

@@ -198,7 +198,7 @@ def test_every_extra_is_listed() -> None:
 
 
 def test_every_command_is_in_the_reference() -> None:
-    from ddk_pipe.stages.cli.app import app
+    from ddk_pipe.stages.cli import app
     from ddk_pipe.stages.cli.reference import reference
 
     text = reference()

@@ -3,6 +3,6 @@
 Everything heavy is imported inside a command, so that `ddk-pipe --help` brings no torch.
 """
 
-from ddk_pipe.stages.cli.app import app, main
+from ddk_pipe.stages.cli.program import app, main
 
 __all__ = ["app", "main"]

@@ -1,5 +1,5 @@
 """`python -P -m ddk_pipe.stages.cli`: the command where no console script is on the path."""
 
-from ddk_pipe.stages.cli.app import main
+from ddk_pipe.stages.cli.program import main
 
 main()

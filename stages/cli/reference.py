@@ -6,7 +6,7 @@ import os
 
 from typer.testing import CliRunner
 
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli.program import app
 
 WIDTH = "110"  # columns
 

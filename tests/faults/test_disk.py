@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.cache import CacheReader, verify
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LocalFolder, durable
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 
 PAGE = 4096
 

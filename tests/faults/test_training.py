@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.stages.cli.app import app, main
+from ddk_pipe.stages.cli import app, main
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.step import Stepper

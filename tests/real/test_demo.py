@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import ddk_pipe
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.demo import material as demo_material
 from ddk_pipe.stages.report.data import load_report
 

@@ -29,7 +29,7 @@ from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.pipeline.text import TRAIN, VALIDATION, open_split
 from ddk_pipe.stages.cache_teacher import cache_teacher
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill, teacher_ce
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run

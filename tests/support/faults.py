@@ -99,7 +99,7 @@ def write_pending(connection: Connection, folder: Folder, spec: CacheSpec) -> No
 
 def run_command(connection: Connection, arguments: list[str]) -> None:
     """What the console script `ddk-pipe` does with these arguments; says so once it is about to begin."""
-    from ddk_pipe.stages.cli.app import main
+    from ddk_pipe.stages.cli import main
 
     sys.argv = ["ddk-pipe", *arguments]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

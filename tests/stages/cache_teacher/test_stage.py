@@ -29,7 +29,7 @@ from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.text import VALIDATION
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher, local, maker
 from ddk_pipe.stages.cache_teacher.status import StatusStream
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.teachers import Window
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.cli.dry_run import describe
 
 MANIFESTS = Path(__file__).resolve().parents[3] / "manifests"

@@ -20,7 +20,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import VALIDATION
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.evaluate import Request, evaluate
 from ddk_pipe.stages.evaluate.stage import label_bytes

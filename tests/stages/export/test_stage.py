@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.export import CardOptions, Target, export
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.cache import committed
 from ddk_pipe.pipeline.storage import LocalFolder, open_folder
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 
 runner = CliRunner()
 

@@ -11,7 +11,7 @@ from caches import fill, make_plan, make_spec
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.storage import open_folder
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 
 runner = CliRunner()
 

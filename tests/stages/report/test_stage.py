@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.metrics import Record
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.report import report
 from ddk_pipe.stages.report.data import load_report, standard_error
 from ddk_pipe.stages.report.tables import answer

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import Search
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.report.data import load_report
 from ddk_pipe.stages.sweep import Request, status, sweep
 from ddk_pipe.stages.sweep.search import Trial, Values, propose

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_sweep
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.sweep import Request, sweep
 from ddk_pipe.stages.sweep.run import Job, run_one
 

@@ -14,7 +14,7 @@ from ddk_pipe.pipeline.cache import committed, read_spec
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.stages.cache_teacher import estimate
 from ddk_pipe.stages.cache_teacher.estimates.settings import TAUS
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 
 runner = CliRunner()
 

@@ -6,8 +6,14 @@ Knows no command.
 from ddk_pipe.stages.common.machine import SPREAD, peak_memory_bytes, pick_device, pick_dtype, prepare_cpu
 from ddk_pipe.stages.common.progress import Tracker, clock, console, say, track
 from ddk_pipe.stages.common.ray_cluster import connect
-from ddk_pipe.stages.common.record import EVALUATION, RunRecord, is_run, load_run
-from ddk_pipe.stages.common.record_tables import domain_rows, evaluation_tables
+from ddk_pipe.stages.common.record import (
+    EVALUATION,
+    RunRecord,
+    domain_rows,
+    evaluation_tables,
+    is_run,
+    load_run,
+)
 from ddk_pipe.stages.common.stopping import (
     GRACE_SECONDS,
     StopFlag,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddk_pipe.stages.common.record import RunRecord
+from ddk_pipe.stages.common.record.run import RunRecord
 from ddk_pipe.stages.common.tables import TableData, perplexity
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,23 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from openers import DiesOnce, Refuses, Wrapped
+from openers import Wrapped
 from same_bytes import groups, shard_contents
-from tiny import MakeProject, break_weights, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import MakeProject, break_weights
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache import CacheReader, CacheWriter
+from ddk_pipe.pipeline.cache import CacheWriter
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
-from ddk_pipe.pipeline.text import VALIDATION
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher, local, maker
 from ddk_pipe.stages.cache_teacher.status import StatusStream
 from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.teachers import Window
 
 
@@ -276,162 +270,3 @@ def test_what_does_not_end_is_left_in_time() -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=50)
     assert done.returncode == 143 and time.monotonic() - began < 40
-
-
-# --- several processes ----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_one_of_which_is_killed(
-    project: Project, cached_output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Killed with a shard at its teacher, others perhaps half written: a third process is started for them."""
-    real_start, started, note = local._start, list[Any](), tmp_path / "killed"
-
-    def start(*arguments: Any) -> Any:
-        started.append(real_start(*arguments))
-        return started[-1]
-
-    monkeypatch.setattr(local, "_start", start)
-    monkeypatch.setattr(
-        "ddk_pipe.stages.cache_teacher.plan.open_teacher", DiesOnce(shard="code/train/1/", note=note)
-    )
-    cache_teacher(project, Request(workers=2))
-    ends = {worker.process.pid: worker.process.exitcode for worker in started}
-    assert len(ends) == 3 and ends.pop(int(note.read_text())) == -signal.SIGKILL
-    assert None not in ends.values(), "nobody is left behind"
-    contents = shard_contents(cache_of(project))
-    assert contents == shard_contents(cached_output / "cache")
-    assert len(groups(cache_of(project))) >= len(contents)
-
-
-@pytest.mark.slow
-def test_workers_that_cannot_work_say_why(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddk_pipe.stages.cache_teacher.plan.open_teacher", Refuses("no room for the teacher"))
-    with pytest.raises(DdkError, match="no room for the teacher; none"):
-        cache_teacher(project, Request(workers=2))
-
-
-def test_workers_have_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in local._places(2, 2)] == ["0,1", "2,3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in local._places(2, 1)] == ["5", "7"]
-    with pytest.raises(DdkError, match="--workers 3 with 1 GPUs each, and there are 2"):
-        local._places(3, 1)
-
-
-# --- vocabularies ---------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_padded_head_is_cut_before_the_softmax(make_project: MakeProject, tmp_path: Path) -> None:
-    """448 rows of the output layer, 385 ids of the tokenizer, a student with 401 rows."""
-    padded = tmp_path / "padded"
-    ids = len(make_tokenizer(padded).get_vocab())
-    make_model(padded, vocab_size=448)
-    student: dict[str, Any] = {
-        "model_type": "llama",
-        "vocab_size": 401,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    path = make_project(student={"config": student}, cache={"shard_windows": 16, "scheme": "topk", "k": 8})
-    project = load_project(path, [f"teacher.model={padded}"])
-    cache_teacher(project)
-    reader = CacheReader(project.cache, 1.0)
-    assert reader.spec.vocab_size == ids < student["vocab_size"]
-    window = reader.read("code", VALIDATION, 0)
-    assert int(window.targets.ids.max()) < ids
-    model = AutoModelForCausalLM.from_pretrained(padded, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(window.tokens)[None]).logits[0]
-    labels = torch.from_numpy(window.labels)
-    live = labels >= 0
-    cut, whole = (
-        torch.log_softmax(part, 1)[live].gather(1, labels[live, None])[:, 0]
-        for part in (logits[:, :ids], logits)
-    )
-    there = torch.as_tensor(np.asarray(window.label_logprobs))[live]
-    assert torch.allclose(there, cut, atol=5e-4) and not torch.allclose(there, whole, atol=5e-4)
-    assert distill(project)["steps"] == 6
-
-
-def test_a_tokenizer_with_other_tokens_is_refused_in_numbers(
-    make_project: MakeProject, tmp_path: Path
-) -> None:
-    other = make_tokenizer(tmp_path / "other", vocab_size=300)
-    path = make_project()
-    size = len(AutoTokenizer.from_pretrained(load_project(path).teacher_model).get_vocab())
-    with pytest.raises(
-        DdkError, match=rf"{len(other.get_vocab())} ids, the teacher's has {size}; id \d+ is "
-    ):
-        cache_teacher(load_project(path, ["tokenizer=other"]))
-
-
-def test_added_tokens_fill_the_padding_and_no_more(make_project: MakeProject, tmp_path: Path) -> None:
-    folder = tmp_path / "added"
-    tokenizer = make_tokenizer(folder)
-    size = len(tokenizer.get_vocab())
-    make_model(folder, vocab_size=size + 2)
-    tokenizer.add_tokens(["<one>", "<two>"])
-    tokenizer.save_pretrained(folder)
-    named = f"teacher.model={folder}"
-    project = load_project(make_project(), [named])
-    cache_teacher(project, Request(limit=1))
-    assert CacheReader(project.cache, 1.0).spec.vocab_size == size + 2
-    tokenizer.add_tokens(["<three>"])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(DdkError, match=f"its {size + 3} ids exceed the teacher's vocabulary of {size + 2}"):
-        cache_teacher(load_project(project.root / "manifest.yaml", [named, "output=again"]))
-
-
-@pytest.mark.slow
-def test_a_vocabulary_of_262_144(make_project: MakeProject, tmp_path: Path) -> None:
-    folder = tmp_path / "large"
-    make_tokenizer(folder)
-    stored = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = stored["model"]["vocab"]
-    vocabulary |= {f"<unused{index}>": index for index in range(len(vocabulary), 262_144)}
-    (folder / "tokenizer.json").write_text(json.dumps(stored))
-    make_model(folder, vocab_size=262_208)  # 64 rows of padding
-    path = make_project(cache={"shard_windows": 8, "temperatures": [1.0, 2.0]})
-    named = f"teacher.model={folder}"
-    result = CliRunner().invoke(app, ["cache-teacher", str(path), "--set", named, "--limit", "3"])
-    assert result.exit_code == 0, result.stderr
-    reader = CacheReader(load_project(path, [named]).cache, 1.0)
-    assert reader.spec.vocab_size == 262_144
-    window = reader.read("code", VALIDATION, 0)
-    assert int(window.targets.ids.max()) > 1 << 16
-    window.targets.validate(262_144)
-
-
-# --- code that comes with a model -----------------------------------------------------------------
-
-
-def test_code_of_a_model_runs_only_if_the_manifest_says_so(
-    make_project: MakeProject, tiny_teacher: Path, tmp_path: Path
-) -> None:
-    folder, trace = tmp_path / "custom", tmp_path / "ran"
-    shutil.copytree(tiny_teacher, folder)
-    (folder / "own.py").write_text(
-        "from pathlib import Path\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        f"Path({str(trace)!r}).touch()\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    path, named = make_project(), f"teacher.model={folder}"
-    result = CliRunner().invoke(app, ["cache-teacher", str(path), "--set", named, "--limit", "1"])
-    assert result.exit_code == 2 and "trust_remote_code" in result.stderr and not trace.exists()
-    cache_teacher(load_project(path, [named, "teacher.trust_remote_code=true"]), Request(limit=1))
-    assert trace.exists() and len(shard_contents(path.parent / "out" / "cache")) == 1

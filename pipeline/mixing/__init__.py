@@ -4,7 +4,7 @@ Both are pure arithmetic on numpy arrays; a rule of a user's own is found by its
 """
 
 from ddk_pipe.pipeline.mixing.arrays import FloatArray, check_weights
-from ddk_pipe.pipeline.mixing.asked import mixing_rule
+from ddk_pipe.pipeline.mixing.from_manifest import mixing_rule
 from ddk_pipe.pipeline.mixing.registry import RULES, InitialDraw, Rule, initial_weights, make_rule
 from ddk_pipe.pipeline.mixing.rules import (
     ddk,

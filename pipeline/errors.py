@@ -7,6 +7,8 @@ from importlib.metadata import distribution
 from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
+LONGEST_REASON = 300  # characters of a library's own words in a line of ours
+
 
 class DdkError(Exception):
     """A mistake a user can mend: `message` names what is wrong and where, `hint` says what to do next.
@@ -46,3 +48,11 @@ def install_hint(extra: str) -> str:
     elif "url" in origin:
         package += f" @ {origin['url']}"
     return f"pip install {shlex.quote(package)}"
+
+
+def reason(problem: BaseException) -> str:
+    """What a library says went wrong, as one line of at most 300 characters: some go on with pages, or with a list of
+    every class they know."""
+    said = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    line = " ".join(said.split()).rstrip(" :")
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 3]}..."

@@ -6,7 +6,8 @@ import numpy as np
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill
-from ddk_pipe.pipeline.mixing.rules import FloatArray, Rule, make_rule
+from ddk_pipe.pipeline.mixing.arrays import FloatArray
+from ddk_pipe.pipeline.mixing.registry import Rule, make_rule
 
 
 def mixing_rule(options: Distill, domains: list[str], sizes: list[int]) -> Rule:

@@ -14,9 +14,12 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import DenseTargets, SparseKdLoss, linear_dense_kd, linear_sparse_kd, measure
 from ddk_pipe.pipeline.manifest import Project, Student
 from ddk_pipe.pipeline.models import (
+    check_causal,
     check_length,
+    decoder_of,
     forward_ends_in,
     head_is_plain,
+    load_causal_lm,
     load_tokenizer,
     model_folder,
     read_config,
@@ -53,7 +56,7 @@ class DistillStudent(nn.Module):
 
         `measuring`: the sums of `pipeline.losses.measure` in place of the loss.
         """
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = decoder_of(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self.lm.get_output_embeddings()
         layer: dict[str, Any] = {"bias": getattr(head, "bias", None), "softcap": self.softcap}
         if measuring:
@@ -108,6 +111,7 @@ def build_student(project: Project, *, vocab_size: int, seed: int) -> Any:
             " not do",
             hint="choose a student without logit scaling; final_logit_softcapping is fine",
         )
+    check_causal(lm, field=field)
     return lm
 
 
@@ -126,14 +130,10 @@ def _head_is_capped(lm: Any) -> bool:
 
 
 def _load(name: str, student: Student | None, field: str, *, revision: str | None = None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     trust = student.trust_remote_code if student else False
     folder = model_folder(name, field=field, revision=revision)
     read_config(folder, field=field, trust_remote_code=trust)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust
-    )
+    return load_causal_lm(folder, field=field, dtype=torch.float32, trust_remote_code=trust)
 
 
 def _from_config(project: Project, source: dict[str, Any] | str, vocab_size: int) -> Any:
@@ -188,7 +188,7 @@ def _keep_layers(project: Project, keep: list[int]) -> Any:
 
 
 def _layer_list(lm: Any, depth: int) -> tuple[nn.Module, str, nn.ModuleList]:
-    for parent in lm.base_model.modules():
+    for parent in decoder_of(lm).modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return parent, name, child

@@ -16,7 +16,7 @@ import ddk_pipe
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import N_SUMS, summary
-from ddk_pipe.pipeline.models import be_quiet, head_is_plain, load_tokenizer, model_folder
+from ddk_pipe.pipeline.models import be_quiet, head_is_plain, load_causal_lm, load_tokenizer, model_folder
 from ddk_pipe.pipeline.storage import Folder, durable, open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import VALIDATION, tokenizer_digest
@@ -65,10 +65,8 @@ def evaluate(place: Path, request: Request | None = None) -> Result:
     folder = place / "student" if run else model_folder(str(place.absolute()), field="STUDENT")
     cache = _cache(place, run, request)
     be_quiet()
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(str(folder), field="STUDENT")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = load_causal_lm(folder, field="STUDENT", dtype=torch.float32)
     model.to(pick_device(request.device)).eval()
     found: Result = {"versions": {"ddk_pipe": ddk_pipe.__version__, "torch": torch.__version__}}
     if cache is not None:

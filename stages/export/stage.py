@@ -9,7 +9,7 @@ from typing import Any
 
 import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import be_quiet, load_tokenizer
+from ddk_pipe.pipeline.models import be_quiet, load_causal_lm, load_tokenizer
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import RunRecord, load_run, say
 from ddk_pipe.stages.export.card import CardOptions, card
@@ -79,9 +79,8 @@ def _write(run: RunRecord, student: Path, folder: Path, target: Target, options:
 
 def _save_as(student: Path, folder: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype), use_safetensors=True)
+    model = load_causal_lm(student, field="the student", dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
 
 

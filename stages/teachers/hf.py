@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import forward_ends_in, head_is_plain
+from ddk_pipe.pipeline.models import check_causal, decoder_of, forward_ends_in, head_is_plain, load_causal_lm
 from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
 from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
@@ -36,9 +36,16 @@ class HfTeacher:
         self.device = torch.device(pick_device(options.device))
         dtype = pick_dtype(options.dtype, self.device)
         self.spread = choose_spread(folder, options.device, self.device)
-        model = load(folder, dtype=dtype, trust_remote_code=options.trust_remote_code, device_map=self.spread)
+        model = load_causal_lm(
+            folder,
+            field="teacher.model",
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            device_map=self.spread,
+        )
         self.model = (model if self.spread else model.to(self.device)).eval()
         check_placed(self.model, self.device)
+        check_causal(self.model, field="teacher.model")
         self.head = Head(self.model, vocab_size)
         self.batch_windows = options.batch_windows if self.head.in_blocks else 1
 
@@ -86,17 +93,6 @@ class HfTeacher:
         return to_cpu(join(parts))
 
 
-def load(folder: Path, **options: Any) -> Any:
-    """The model; raises DdkError if it cannot be loaded (a quantised format whose package is missing, say)."""
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-    except (ImportError, OSError, ValueError) as problem:
-        reason = " ".join(str(problem).split())
-        raise DdkError(
-            f"teacher.model: {folder} cannot be loaded ({reason})", hint="install or mend what it names"
-        ) from None
-
-
 class Head:
     """From hidden states to logits in blocks of rows, cut to `vocab_size`, as the model's own forward gives them.
 
@@ -115,7 +111,7 @@ class Head:
     def states(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, L] -> last hidden states [B, L, d]; whole logits [B, L, V] where not in_blocks."""
         if self.in_blocks:
-            hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden: Tensor = decoder_of(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
             return hidden
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
@@ -131,7 +127,7 @@ class Head:
 
     def _own_forward(self, states: Tensor) -> Tensor:
         tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        with _standing_in(self.model.base_model, states[None]):
+        with _standing_in(decoder_of(self.model), states[None]):
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits[0]
 

@@ -1,0 +1,26 @@
+"""Model folders: found, checked and fingerprinted, their tokenizers and configurations read, their weights loaded whole.
+
+Whatever loads a causal language model (teacher, student, evaluate, export) does it here, so that none is made up in part.
+"""
+
+from ddk_pipe.pipeline.models.configs import be_quiet, check_length, read_config, text_config
+from ddk_pipe.pipeline.models.folders import model_folder, weights_digest
+from ddk_pipe.pipeline.models.loading import load_causal_lm
+from ddk_pipe.pipeline.models.probes import check_causal, decoder_of, forward_ends_in, head_is_plain
+from ddk_pipe.pipeline.models.tokenizers import load_tokenizer, tokenizer_of_model
+
+__all__ = [
+    "be_quiet",
+    "check_causal",
+    "check_length",
+    "decoder_of",
+    "forward_ends_in",
+    "head_is_plain",
+    "load_causal_lm",
+    "load_tokenizer",
+    "model_folder",
+    "read_config",
+    "text_config",
+    "tokenizer_of_model",
+    "weights_digest",
+]

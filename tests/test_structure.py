@@ -14,18 +14,6 @@ TO_SPLIT = "several jobs in one; to be split"
 BY_DOCSTRING = "short but for its docstring, which states shapes, dtypes and errors of every argument"
 ONE_KERNEL = "one Triton kernel: its loop and a line for each argument, with state that lives in registers"
 EXCEPTIONS = {
-    "pipeline/cache/shard.py": TO_SPLIT,
-    "pipeline/cache/verification.py": TO_SPLIT,
-    "pipeline/cache/verification.py:_Check": TO_SPLIT,
-    "pipeline/losses/chunked.py": TO_SPLIT,
-    "pipeline/losses/chunked.py:linear_sparse_kd": BY_DOCSTRING,
-    "pipeline/mixing/rules.py": TO_SPLIT,
-    "pipeline/storage/folders.py": TO_SPLIT,
-    "pipeline/targets/codec.py": TO_SPLIT,
-    "pipeline/targets/codec.py:Codec": TO_SPLIT,
-    "stages/cache_teacher/estimates.py": TO_SPLIT,
-    "stages/distill/run.py": TO_SPLIT,
-    "stages/distill/run.py:Run": TO_SPLIT,
     "triton_kernels/compile_gate.py": TO_SPLIT,
     "triton_kernels/fused_linear_sparse_kl.py": TO_SPLIT,
     "triton_kernels/fused_linear_sparse_kl.py:fused_linear_sparse_kl": BY_DOCSTRING,

@@ -22,7 +22,7 @@ are unknown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,51 @@ LAUNCHES: tuple[tuple[Launch, ...], ...] = (
 TRIAL_ROWS = 1024  # of a copy that launches are timed on: the kernel works in place
 
 
+@triton.jit
+def _clear(Z, V, BLOCK: tl.constexpr):
+    """Zeros in the row at Z."""
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(Z + at, tl.zeros((BLOCK,), Z.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
+def _sum_lanes(Z, V, inv_t, BLOCK: tl.constexpr, T_IS_1: tl.constexpr):
+    """Maximum, sum of exp(z - maximum) and of exp((z - maximum) / T) over the row at Z, lane by lane.
+
+    No reduction inside the loop, and one exp a logit (two at T != 1): of the old sum and the new term, one is
+    always exp(0).
+    """
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    total_t = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(Z + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        step = z - top
+        higher = step > 0
+        shrink = tl.exp(-tl.abs(step))
+        total = tl.where(higher, total * shrink + 1.0, total + shrink)
+        if not T_IS_1:
+            shrink = tl.exp(-tl.abs(step) * inv_t)
+            total_t = tl.where(higher, total_t * shrink + 1.0, total_t + shrink)
+        top = tl.where(higher, z, top)
+    return top, total, total_t
+
+
+@triton.jit
+def _write_off_ids(Z, V, top, ce_scale, kl_scale, inv_t, BLOCK: tl.constexpr, T_IS_1: tl.constexpr):
+    """The gradient of the tail over its logits: the two scalars of the row times exp(z - top)."""
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(Z + at, mask=at < V, other=float("-inf")).to(tl.float32) - top
+        if T_IS_1:
+            dz = (ce_scale + kl_scale) * tl.exp(z)
+        else:
+            dz = ce_scale * tl.exp(z) + kl_scale * tl.exp(z * inv_t)
+        tl.store(Z + at, dz.to(Z.dtype.element_ty), mask=at < V)
+
+
 @triton.jit(do_not_specialize=["K", "ignore_index"])  # K changes from batch to batch
 def sparse_kl_rows(
     Z,  # [N, V], rows `stride` apart: logits in, gradient out
@@ -84,9 +129,7 @@ def sparse_kl_rows(
     label = tl.load(LABELS + n)
     if label == ignore_index:  # its logits may be NaN: never read
         if GRADIENT:
-            for start in range(0, V, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                tl.store(Z + at, tl.zeros((BLOCK,), Z.dtype.element_ty), mask=at < V)
+            _clear(Z, V, BLOCK)
         tl.store(CE + n, 0.0)
         tl.store(KL + n, 0.0)
         return
@@ -107,22 +150,7 @@ def sparse_kl_rows(
     tl.store(Z + ids, gone, mask=inside)
     tl.debug_barrier()
 
-    # A running maximum and sum in every lane, no reduction inside the loop, one exp a logit (two at T != 1):
-    # of the old sum and the new term, one is always exp(0).
-    top = tl.full((BLOCK,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    total_t = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(Z + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        step = z - top
-        higher = step > 0
-        shrink = tl.exp(-tl.abs(step))
-        total = tl.where(higher, total * shrink + 1.0, total + shrink)
-        if not T_IS_1:
-            shrink = tl.exp(-tl.abs(step) * inv_t)
-            total_t = tl.where(higher, total_t * shrink + 1.0, total_t + shrink)
-        top = tl.where(higher, z, top)
+    top, total, total_t = _sum_lanes(Z, V, inv_t, BLOCK, T_IS_1)
 
     # From here on all is relative to a maximum, which costs no digits however large the logits are:
     # the tail to its own, so that it may lie hundreds of nats below the ids; the rest to the row's.
@@ -165,16 +193,8 @@ def sparse_kl_rows(
         )
         below = z_label - tail_top
         at_label = ce_scale * tl.exp(below) + kl_scale * tl.exp(below * inv_t) - 1.0
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            z = tl.load(Z + at, mask=at < V, other=float("-inf")).to(tl.float32) - tail_top
-            if T_IS_1:
-                dz = (ce_scale + kl_scale) * tl.exp(z)
-            else:
-                dz = ce_scale * tl.exp(z) + kl_scale * tl.exp(z * inv_t)
-            tl.store(Z + at, dz.to(Z.dtype.element_ty), mask=at < V)
-        tl.debug_barrier()  # the loop wrote 0 at the ids, and q at the label
-
+        _write_off_ids(Z, V, tail_top, ce_scale, kl_scale, inv_t, BLOCK, T_IS_1)
+        tl.debug_barrier()  # that wrote 0 at the ids, and q at the label
         tl.store(Z + ids, at_ids.to(Z.dtype.element_ty), mask=inside)
         tl.store(Z + label, at_label.to(Z.dtype.element_ty), mask=label_inside & (among_ids == 0))
     else:
@@ -214,47 +234,49 @@ def sparse_kl(
     """
     _check(logits, labels, ids, logprobs, tail)
     arguments.check_numbers(gamma, temperature)
-    rows, vocab = logits.shape
-    kept = ids.shape[1]
-    launches = launches_for(kept)
-    ce = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    launches = launches_for(ids.shape[1])
+    ce = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     kl = torch.empty_like(ce)
-    if rows == 0:
-        return ce, kl
-    given = [x.contiguous() for x in (labels, ids, logprobs, tail)]
+    if len(logits):
+        row = [x.contiguous() for x in (labels, ids, logprobs, tail)]
+        _launch(launches, logits, [*row, ce, kl], gamma, temperature, ignore_index, gradient)
+    return ce, kl
+
+
+def _launch(
+    launches: Sequence[Launch],
+    logits: Tensor,
+    rows: Sequence[Tensor],
+    gamma: float,
+    temperature: float,
+    ignore_index: int,
+    gradient: bool,
+) -> None:
+    """Runs the kernel with one of `launches`; `rows` are its arguments from LABELS to KL."""
+    vocab, kept = logits.shape[1], rows[1].shape[1]
+    # As floats: Triton would compile an int apart, and bake in a 1.
+    numbers = (float(gamma * temperature), 1.0 / temperature)
+    constants = {"T_IS_1": temperature == 1, "GRADIENT": gradient}
 
     def run(launch: Launch, z: Tensor) -> None:
-        sparse_kl_rows[(len(z),)](
-            z,
-            *given,
-            ce,
-            kl,
-            z.stride(0),
-            vocab,
-            kept,
-            float(gamma * temperature),  # Triton would compile an int apart, and bake in a 1
-            1.0 / temperature,
-            ignore_index,
-            KEPT=launch.kept,
-            BLOCK=launch.block(z.dtype),
-            T_IS_1=temperature == 1,
-            GRADIENT=gradient,
-            num_warps=launch.warps,
-        )
+        sizes = {"KEPT": launch.kept, "BLOCK": launch.block(z.dtype), "num_warps": launch.warps}
+        grid = (len(z),)
+        sparse_kl_rows[grid](z, *rows, z.stride(0), vocab, kept, *numbers, ignore_index, **constants, **sizes)
 
     def trial() -> Callable[[Launch], None]:
         some = logits[:TRIAL_ROWS].clone()
         return lambda launch: run(launch, some)
 
     with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever its arguments say
-        key = ("sparse_kl_rows", logits.dtype, temperature == 1, gradient, *tuning.size_class(vocab, kept))
+        key = ("sparse_kl_rows", logits.dtype, *constants.values(), *tuning.size_class(vocab, kept))
         run(tuning.pick(launches, key, trial, logits.device), logits)
-    return ce, kl
 
 
 def launches_for(kept: int) -> tuple[Launch, ...]:
-    """Those of `LAUNCHES` that serve K, the default first; raises ValueError if none does. Each serves any
-    V."""
+    """Those of `LAUNCHES` that serve K, the default first; each serves any V.
+
+    Raises ValueError if none holds so many.
+    """
     for launches in LAUNCHES:
         if kept <= launches[0].kept:
             return launches

@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 @contextmanager
 def small_tiles() -> Iterator[None]:
     """Tiles of 16 x 64 in place of 128 x 128, so that small problems take several, and ragged ones."""
-    from ddk_pipe.triton_kernels import fused_linear_sparse_kl as module
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl import launches as module
 
     tile = module.Launch(rows=16, columns=64, depth=16, warps=4, stages=2)
     with (
@@ -305,23 +305,25 @@ def _() -> Findings:
 @case("a program writes only what lies in its own chunk")
 def _() -> Findings:
     """On a GPU the chunks race; here the next would write over the mistake. So: the first chunk alone."""
-    from ddk_pipe.triton_kernels import fused_linear_sparse_kl as module
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.layer import Layer
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.passes import tail_sums
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.rows import in_order
 
     p = problem(width=32).rows(torch.arange(5)).rounded(torch.float32)
     ids = torch.tensor([0, 63, 64, 99, 100, 111, 112, 127, 128, 300], dtype=torch.int32).expand(5, 10)
     labels = torch.tensor([99, 100, 127, 128, 0])
     logprobs = torch.full((5, 10), math.log(0.1))
-    targets = module._targets(labels, ids, logprobs, p.targets.tail, 301)
-    layer = module._Layer(p.hidden, p.weight[:100], 32, 0.5, 112)  # this chunk ends inside a tile
+    targets = in_order(301, labels, ids, logprobs, p.targets.tail)
+    layer = Layer(p.hidden, p.weight[:100], 32, 0.5, 112)  # this chunk ends inside a tile
     full_like = torch.full_like
     with mock.patch.object(torch, "full_like", lambda like, _: full_like(like, 7.0)):
-        z_ids, z_label = module._tail_lse(layer, targets)[-2:]
+        sums = tail_sums(layer, targets)
     logits = p.hidden @ p.weight.t()
     want = logits.gather(1, ids.long()).masked_fill(ids >= 100, 7.0)
     want_label = logits.gather(1, labels[:, None])[:, 0].masked_fill(labels >= 100, 7.0)
     return [
-        ("logits of the ids", common.relative(z_ids, want), LOSS_BOUND),
-        ("logits of the labels", common.relative(z_label, want_label), LOSS_BOUND),
+        ("logits of the ids", common.relative(sums.z_ids, want), LOSS_BOUND),
+        ("logits of the labels", common.relative(sums.z_label, want_label), LOSS_BOUND),
     ]
 
 
@@ -421,16 +423,18 @@ def _() -> Findings:
 @case("bfloat16 logit gradients")
 def _() -> Findings:
     """What writes them, after a product in float32. The interpreter cuts off where a GPU rounds."""
-    from ddk_pipe.triton_kernels import fused_linear_sparse_kl as module
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.layer import Layer
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.passes import tail_sums, write_gradient
+    from ddk_pipe.triton_kernels.fused_linear_sparse_kl.rows import finish_rows, in_order
 
     p = problem(width=32).rows(torch.arange(5)).rounded(torch.float32)
     t = p.targets
-    layer = module._Layer(p.hidden, p.weight, 32, 0.5, 112)
-    targets = module._targets(p.labels, t.ids, t.logprobs, t.tail, 301)
-    rows = module._finish_rows(*module._tail_lse(layer, targets), targets, GAMMA * 2.0, 0.5)
+    layer = Layer(p.hidden, p.weight, 32, 0.5, 112)
+    targets = in_order(301, p.labels, t.ids, t.logprobs, t.tail)
+    rows = finish_rows(tail_sums(layer, targets), targets, GAMMA * 2.0, 0.5)
     g = torch.full((5, 304), 7.0, dtype=torch.bfloat16)
     for begin, end in ((0, 112), (112, 224), (224, 301)):
-        module._chunk_gradient_(g[:, begin:end], layer, targets, rows, begin, end)
+        write_gradient(g[:, begin:end], layer, targets, rows, begin, end)
     logits = p.hidden.double() @ p.weight.double().t()
     want = common.truth(common.Rows(logits, p.labels, t), torch.float64, 2.0, GAMMA)[2]
     margin = bool((g[:, 301:] == 7).all())

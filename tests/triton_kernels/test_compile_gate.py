@@ -1,7 +1,10 @@
-"""Every launch that ships compiles for every target without a spill, and takes what compile_table.json says.
+"""Every launch that ships compiles for every target without a spill, and takes what its table says.
 
 No GPU is used: the compiler decides registers, spills and shared memory. Half a second a variant, next to
-nothing where triton's cache has it. `compile_gate.main()` checks the rarer variants of the table, too.
+nothing where triton's cache has it. `python -P -m ddk_pipe.triton_kernels.compile_gate` checks the rarer variants, too.
+
+There is a table for each version of triton that was tried. Under any other all must compile and nothing spill
+just the same; only its registers and shared memory are compared with nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
 )
 
-TABLE = json.loads(Path(ddk_pipe.triton_kernels.__file__).with_name("compile_table.json").read_text())
+FOLDER = Path(ddk_pipe.triton_kernels.__file__).with_name("compile_gate") / "tables"
+TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 TILES = ("tail_lse", "chunk_gradient")
 
 
@@ -37,18 +41,25 @@ def name_of(variant: dict[str, Any]) -> str:
     )
 
 
-# `compile_gate.shipped` and its known spillers, which the tests compile; the rest is left to main().
-COMMON = {name_of(row["variant"]): row for row in TABLE["rows"] if not row["variant"]["rare"]}
+def common(version: str) -> dict[str, dict[str, Any]]:
+    """The rows of what runs as a rule, and of the known spillers, which the tests compile; the rest is for main()."""
+    return {name_of(row["variant"]): row for row in TABLES[version]["rows"] if not row["variant"]["rare"]}
+
+
+INSTALLED = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+# Of whatever version: all tables list the same.
+VARIANTS = {name: row["variant"] for name, row in common(min(TABLES)).items()}
+every_table = pytest.mark.parametrize("version", TABLES)
 
 
 @functools.cache
 def gate_run() -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
     """The gate's own process, where no TRITON_INTERPRET forbids compiling, and the rows it wrote. Run once."""
-    program = "import sys; from ddk_pipe.triton_kernels.compile_gate import main; main(sys.argv[1:])"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
-        command = [sys.executable, "-P", "-W", "error", "-c", program, "--common", "--json", str(path)]
+        gate = ["-m", "ddk_pipe.triton_kernels.compile_gate", "--common", "--json", str(path)]
+        command = [sys.executable, "-P", "-W", "error", *gate]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return done, {name_of(row["variant"]): row for row in rows}
@@ -66,47 +77,57 @@ def test_the_gate_is_open() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_table_lists_what_ships() -> None:
+@every_table
+def test_the_table_lists_what_ships(version: str) -> None:
     _, rows = gate_run()
-    assert rows.keys() == COMMON.keys(), "run compile_gate.main(['--write'])"
+    assert rows.keys() == common(version).keys(), (
+        "run `python -P -m ddk_pipe.triton_kernels.compile_gate --write`"
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, row in COMMON.items() if not row["variant"]["must_spill"]])
+@every_table
+def test_the_table_is_named_after_its_compiler(version: str) -> None:
+    assert TABLES[version]["triton"] == version
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant["must_spill"]])
 def test_no_spill(name: str) -> None:
     assert measured(name)["spill_bytes"] == 0
 
 
-@pytest.mark.parametrize("name", [name for name, row in COMMON.items() if row["variant"]["must_spill"]])
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant["must_spill"]])
 def test_known_spiller_spills(name: str) -> None:
     assert measured(name)["spill_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_resources_are_those_of_the_table(name: str) -> None:
-    installed = importlib.metadata.version("triton")
-    if installed != TABLE["triton"]:
-        pytest.skip(f"registers depend on the compiler: table of triton {TABLE['triton']}, here {installed}")
-    assert measured(name) == COMMON[name]
+    if INSTALLED not in TABLES:
+        pytest.skip(f"registers depend on the compiler: no table of triton {INSTALLED}, only of {[*TABLES]}")
+    assert measured(name) == common(INSTALLED)[name]
 
 
-def test_every_row_of_the_table_spills_only_if_it_must() -> None:
+@every_table
+def test_every_row_of_the_table_spills_only_if_it_must(version: str) -> None:
     """The rare variants, as they were when the table was written."""
-    wrong = [r for r in TABLE["rows"] if bool(r["spill_bytes"]) != r["variant"]["must_spill"]]
-    assert not wrong
-    assert len(TABLE["rows"]) > len(COMMON)
+    rows = TABLES[version]["rows"]
+    assert not [r for r in rows if bool(r["spill_bytes"]) != r["variant"]["must_spill"]]
+    assert len(rows) > len(VARIANTS)
 
 
+@every_table
 @pytest.mark.parametrize("kernel", ["sparse_kl_rows", *TILES, "put_ids"])
-def test_every_kernel_ships_on_every_target_in_every_dtype(kernel: str) -> None:
-    rows = [r["variant"] for r in TABLE["rows"] if r["variant"]["kernel"] == kernel]
+def test_every_kernel_ships_on_every_target_in_every_dtype(kernel: str, version: str) -> None:
+    rows = [r["variant"] for r in TABLES[version]["rows"] if r["variant"]["kernel"] == kernel]
     assert len({(v["target"], v["dtype"]) for v in rows if not v["must_spill"]}) == 12
 
 
+@every_table
 @pytest.mark.parametrize("kernel", ["sparse_kl_rows", *TILES, "put_ids"])
-def test_tuning_has_two_to_four_launches_to_choose_from(kernel: str) -> None:
+def test_tuning_has_two_to_four_launches_to_choose_from(kernel: str, version: str) -> None:
     """For every target, dtype and number of lanes; the first in the code is the default."""
     launches: dict[tuple[Any, ...], set[str]] = {}
-    for v in (row["variant"] for row in TABLE["rows"] if row["variant"]["kernel"] == kernel):
+    for v in (row["variant"] for row in TABLES[version]["rows"] if row["variant"]["kernel"] == kernel):
         if v["aligned"] and not v["must_spill"] and v["constants"].get("GRADIENT", True):
             constants = v["constants"]
             group = (v["target"], v["dtype"], constants.get("T_IS_1"), constants.get("KEPT"))
@@ -115,7 +136,7 @@ def test_tuning_has_two_to_four_launches_to_choose_from(kernel: str) -> None:
 
 
 def test_a_tile_known_to_spill_is_kept_for_both_compilers() -> None:
-    spillers = [r["variant"] for r in TABLE["rows"] if r["variant"]["must_spill"]]
+    spillers = [variant for variant in VARIANTS.values() if variant["must_spill"]]
     assert {v["target"][:3] for v in spillers if v["kernel"] in TILES} == {"sm_", "gfx"}
 
 

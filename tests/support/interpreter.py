@@ -31,13 +31,20 @@ def run_python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def load(script: Path) -> ModuleType:
-    """A file of cases as a module, for their names: no triton is imported."""
+def cases_in(folder: Path) -> list[Any]:
+    """(file, name) of every case in the files of a folder, to parametrise with: no triton is imported."""
+    return [
+        pytest.param(script, name, id=f"{script.stem}-{name}")
+        for script in sorted(folder.glob("*.py"))
+        for name in _load(script).CASES
+    ]
+
+
+def _load(script: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

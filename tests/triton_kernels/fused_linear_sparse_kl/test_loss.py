@@ -1,4 +1,4 @@
-"""The never-materialise kernels against float64, in Triton's interpreter: one test a case of fused_cases.py.
+"""The never-materialise kernels against float64, in Triton's interpreter: one test a case of cases/.
 
 No GPU is used, and the kernels have not run on one. DDK_TEST_SEED=n draws other inputs.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from interpreter import assert_within_bounds, load, needs_triton, run_python
+from interpreter import assert_within_bounds, cases_in, needs_triton, run_python
 
 pytestmark = needs_triton
-CASES = Path(__file__).with_name("fused_cases.py")
 
 
-@pytest.mark.parametrize("name", load(CASES).CASES)
-def test_against_float64(name: str) -> None:
-    assert_within_bounds(CASES, name)
+@pytest.mark.parametrize(("script", "name"), cases_in(Path(__file__).with_name("cases")))
+def test_against_float64(script: Path, name: str) -> None:
+    assert_within_bounds(script, name)
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:

@@ -10,15 +10,8 @@ import pytest
 from structure import MOST_LINES, Piece, floors, pieces, plan, table, too_large
 
 ROOT = Path(__file__).resolve().parents[1]
-TO_SPLIT = "several jobs in one; to be split"
-BY_DOCSTRING = "short but for its docstring, which states shapes, dtypes and errors of every argument"
 ONE_KERNEL = "one Triton kernel: its loop and a line for each argument, with state that lives in registers"
 EXCEPTIONS = {
-    "triton_kernels/compile_gate.py": TO_SPLIT,
-    "triton_kernels/fused_linear_sparse_kl.py": TO_SPLIT,
-    "triton_kernels/fused_linear_sparse_kl.py:fused_linear_sparse_kl": BY_DOCSTRING,
-    "triton_kernels/fused_linear_sparse_kl.py:tail_lse": ONE_KERNEL,
-    "triton_kernels/sparse_kl.py:sparse_kl": TO_SPLIT,
     "triton_kernels/sparse_kl.py:sparse_kl_rows": ONE_KERNEL,
 }
 

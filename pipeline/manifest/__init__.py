@@ -5,6 +5,7 @@ Nothing here loads torch: everything wrong with a manifest is said before anythi
 
 from ddk_pipe.pipeline.manifest.field_reference import STARTER, reference
 from ddk_pipe.pipeline.manifest.fields import (
+    DEFAULT_DATE,
     DOMAIN_NAME,
     MOST_SEQ_LEN,
     MOST_SHARD_WINDOWS,
@@ -24,6 +25,7 @@ from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, 
 from ddk_pipe.pipeline.manifest.training import check_tail, windows_per_domain, windows_per_step
 
 __all__ = [
+    "DEFAULT_DATE",
     "DOMAIN_NAME",
     "MOST_SEQ_LEN",
     "MOST_SHARD_WINDOWS",

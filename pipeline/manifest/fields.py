@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0.05, le=20)]
 MOST_SEQ_LEN = 1 << 20
 MOST_SHARD_WINDOWS = 1 << 16  # a shard's index and its commit record stay small
+DEFAULT_DATE = "2024-07-26"  # the day that Llama's chat templates write where none is given
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -48,6 +50,9 @@ class Domain(Section):
     messages_field: str = Field(
         "messages", description="a record with this field is a chat: loss on the assistant's turns only"
     )
+    tools_field: str | None = Field(
+        "tools", description="the field of a chat's record that holds its tools; null: tools are left out"
+    )
 
     @pydantic.field_validator("train", "validation", mode="before")
     @classmethod
@@ -65,6 +70,29 @@ class Prepare(Section):
     max_train_windows: Positive | None = Field(
         None, description="windows per domain kept for training; none: all of the text"
     )
+    chat_template: str | None = Field(
+        None,
+        description="file of another chat template, which the student is saved with; none: the tokenizer's",
+    )
+    date: str = Field(
+        DEFAULT_DATE, description="the day that chat templates which write today's date write (YYYY-MM-DD)"
+    )
+
+    @pydantic.field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> Any:
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            return value.isoformat()  # YAML reads an unquoted day as one
+        if isinstance(value, str) and _is_day(value):
+            return value
+        raise ValueError("a day is written YYYY-MM-DD")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 class VllmOptions(Section):

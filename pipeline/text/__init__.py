@@ -3,7 +3,14 @@
 Nothing here knows a teacher.
 """
 
-from ddk_pipe.pipeline.text.encoding import Encoder, tokenizer_digest, tokenizer_size
+from ddk_pipe.pipeline.text.encoding import (
+    Encoder,
+    chat_rules,
+    project_tokenizer,
+    text_rules,
+    tokenizer_digest,
+    tokenizer_size,
+)
 from ddk_pipe.pipeline.text.sources import Document, documents, find_files
 from ddk_pipe.pipeline.text.windows import (
     SPLITS,
@@ -26,11 +33,14 @@ __all__ = [
     "Encoder",
     "Split",
     "SplitWriter",
+    "chat_rules",
     "documents",
     "find_files",
     "labels_of",
     "open_split",
     "pack",
+    "project_tokenizer",
+    "text_rules",
     "tokenizer_digest",
     "tokenizer_size",
 ]

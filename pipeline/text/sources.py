@@ -17,6 +17,7 @@ from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
+from ddk_pipe.pipeline.text.chat_records import read_chat
 
 COMPRESSED = (".gz", ".zst", ".bz2")
 BATCH_ROWS = 256  # Parquet rows in memory at a time
@@ -29,10 +30,12 @@ class Document:
     where: str
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None  # that the chat's assistant may call
 
     def fingerprint(self) -> int:
         """First 32 bits of the SHA-256 of its content: decides the validation split, whatever the order."""
-        content = self.text if self.text is not None else json.dumps(self.messages, sort_keys=True)
+        shown = [self.messages, self.tools] if self.tools else self.messages
+        content = self.text if self.text is not None else json.dumps(shown, sort_keys=True)
         return int(hashlib.sha256(content.encode()).hexdigest()[:8], 16)
 
 
@@ -127,13 +130,15 @@ def _parquet(path: Path, domain: Domain) -> Iterator[Document]:
     except pa.ArrowInvalid as problem:
         raise DdkError(f"{path}: not Parquet ({problem})", hint="write it again") from None
     columns = [
-        name for name in (domain.text_field, domain.messages_field) if name in table.schema_arrow.names
+        name
+        for name in (domain.text_field, domain.messages_field, domain.tools_field)
+        if name in table.schema_arrow.names
     ]
     row = 0
     for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         for record in batch.to_pylist():
             row += 1
-            yield _record(record, domain, f"{path}: row {row}")
+            yield _record(record, domain, f"{path}: row {row}", structs=True)
 
 
 def _plain(path: Path, domain: Domain) -> Iterator[Document]:
@@ -173,20 +178,18 @@ def _dataset(project: Project, source: DatasetSource, domain: Domain, *, field: 
             hint="check id, config, split and network",
         ) from None
     for number, record in enumerate(rows, 1):
-        yield _record(record, domain, f"{source.dataset}: row {number}")
+        yield _record(record, domain, f"{source.dataset}: row {number}", structs=True)
 
 
-def _record(record: Any, domain: Domain, where: str) -> Document:
+def _record(record: Any, domain: Domain, where: str, *, structs: bool = False) -> Document:
+    """One record as a document; `structs`: from Arrow, where every field of every record is there, null or not."""
     if not isinstance(record, dict):
         raise DdkError(f"{where}: not a JSON object", hint=f'write {{"{domain.text_field}": "..."}}')
     messages = record.get(domain.messages_field)
     if messages is not None:
-        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-            raise DdkError(
-                f"{where}: {domain.messages_field} is not a list of role and content",
-                hint='write [{"role": "user", "content": "..."}, ...]',
-            )
-        return Document(where=where, messages=messages)
+        tools = record.get(domain.tools_field) if domain.tools_field else None
+        messages, tools = read_chat(messages, tools, where, field=domain.messages_field, structs=structs)
+        return Document(where=where, messages=messages, tools=tools)
     text = record.get(domain.text_field)
     if not isinstance(text, str):
         known = ", ".join(map(str, record)) or "none"
@@ -195,7 +198,3 @@ def _record(record: Any, domain: Domain, where: str) -> Document:
             hint="set text_field or messages_field of the domain",
         )
     return Document(where=where, text=text)
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message

@@ -27,7 +27,7 @@ from ddk_pipe.pipeline.storage import durable, settle_writes
 from ddk_pipe.pipeline.text.encoding import Encoded, Encoder, batches
 from ddk_pipe.pipeline.text.sources import Document
 
-TOKENS_VERSION = 1  # raise when packing changes: tokens of another version are made again
+TOKENS_VERSION = 2  # raise when encoding or packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 BLOCK_WINDOWS = 64  # windows held in memory, and in one Zarr chunk
@@ -42,6 +42,7 @@ class SplitFacts:
     tokens: int = 0  # filling left out
     labels: int = 0
     text_bytes: int = 0
+    chats: int = 0  # of the documents
     seconds: float = 0.0  # spent on the whole domain
     digest: str = ""
 
@@ -83,6 +84,7 @@ class SplitWriter:
             return
         self.facts.documents += 1
         self.facts.text_bytes += text_bytes
+        self.facts.chats += document.is_chat
         self._ids.append(document.ids)
         self._labels.append(document.is_label)
         self._pending += len(document.ids)

@@ -27,7 +27,7 @@ from ddk_pipe.pipeline.models import (
 )
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.pipeline.targets import SparseTargets
-from ddk_pipe.pipeline.text import tokenizer_digest
+from ddk_pipe.pipeline.text import project_tokenizer, tokenizer_digest
 
 
 class DistillStudent(nn.Module):
@@ -204,18 +204,19 @@ def shared_tokenizer(project: Project, digest: str) -> Any:
     `digest` is that of the tokenizer that the targets were made with. Raises DdkError naming the one that differs.
     """
     student = project.manifest.student
-    names = [("tokenizer", project.tokenizer)]
-    if student is not None and student.model is not None:
-        names.append(("student.model", project.model(student.model, field="student.model")))
     trust = project.manifest.teacher.trust_remote_code
-    loaded = [load_tokenizer(name, field=field, trust_remote_code=trust) for field, name in names]
-    for (field, name), tokenizer in zip(names, loaded, strict=True):
+    loaded = [("tokenizer", project.tokenizer, project_tokenizer(project))]
+    if student is not None and student.model is not None:
+        name = project.model(student.model, field="student.model")
+        own = load_tokenizer(name, field="student.model", trust_remote_code=trust)
+        loaded.append(("student.model", name, own))
+    for field, name, tokenizer in loaded:
         if tokenizer_digest(tokenizer) != digest:
             raise DdkError(
                 f"{field}: the tokenizer of {name} is not the one the cache at {project.cache} was made with",
                 hint="use a student with the teacher's tokenizer, or make another cache",
             )
-    return loaded[0]
+    return loaded[0][2]
 
 
 def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
-from ddk_pipe.pipeline.models import load_tokenizer
 from ddk_pipe.pipeline.text import (
     SPLITS,
     TOKENS_VERSION,
@@ -20,15 +19,28 @@ from ddk_pipe.pipeline.text import (
     Encoder,
     Split,
     SplitWriter,
+    chat_rules,
     documents,
     find_files,
     open_split,
     pack,
+    project_tokenizer,
+    text_rules,
     tokenizer_digest,
     tokenizer_size,
 )
 from ddk_pipe.stages.common import say, track
 
+CHAT_RULES = "chat_rules"  # in the record of domains that hold chats
+CHANGES = {
+    "version": "the version of prepared tokens",
+    "tokenizer_digest": "the tokenizer's ids",
+    "text_rules": "how the tokenizer turns text into ids",
+    CHAT_RULES: "the chat template",
+    "prepare": "settings in prepare",
+    "fields": "names of fields",
+    "shard_tokens": "the size of a shard",
+}
 HASH_RANGE = 1 << 32  # Document.fingerprint is below
 
 
@@ -36,13 +48,15 @@ def prepare(project: Project) -> dict[str, dict[str, Split]]:
     """Tokenise and pack every domain that is not prepared yet; returns the opened splits by domain."""
     for name, domain in project.manifest.domains.items():  # all paths first: a typo costs nothing
         _check_sources(project, name, domain)
-    tokenizer = load_tokenizer(
-        project.tokenizer, field="tokenizer", trust_remote_code=project.manifest.teacher.trust_remote_code
-    )
-    encoder = Encoder(tokenizer, name=project.tokenizer)
-    digest = tokenizer_digest(tokenizer)
+    tokenizer = project_tokenizer(project)
+    encoder = Encoder(tokenizer, name=project.tokenizer, date=project.manifest.prepare.date)
+    rules = {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "text_rules": text_rules(encoder),
+        CHAT_RULES: chat_rules(encoder),
+    }
     return {
-        name: _domain(project, name, domain, encoder, digest)
+        name: _domain(project, name, domain, encoder, rules)
         for name, domain in project.manifest.domains.items()
     }
 
@@ -52,24 +66,32 @@ def _check_sources(project: Project, name: str, domain: Domain) -> None:
     find_files(project, domain.validation or [], field=f"domains.{name}.validation")
 
 
-def _domain(project: Project, name: str, domain: Domain, encoder: Encoder, digest: str) -> dict[str, Split]:
+def _domain(
+    project: Project, name: str, domain: Domain, encoder: Encoder, rules: dict[str, str]
+) -> dict[str, Split]:
     folder = project.tokens / name
     known = _known(folder)
     record = {
         "version": TOKENS_VERSION,
-        "tokenizer_digest": digest,
+        **rules,
         "seq_len": project.manifest.seq_len,
-        "prepare": project.manifest.prepare.model_dump(),
-        "fields": [domain.text_field, domain.messages_field],
+        "prepare": project.manifest.prepare.model_dump(exclude={"chat_template", "date"}),  # in CHAT_RULES
+        "fields": [domain.text_field, domain.messages_field, domain.tools_field],
         "shard_tokens": project.manifest.cache.shard_windows * project.manifest.seq_len,
         "sources": {
             split: _fingerprints(project, sources, known, field=f"domains.{name}.{split}")
             for split, sources in ((TRAIN, domain.train), (VALIDATION, domain.validation or []))
         },
     }
-    if known and _content(known) == _content(record):
+    if known and CHAT_RULES not in known:  # it holds no chats, so no template matters
+        record.pop(CHAT_RULES)
+    changed = _changed(known, record)
+    if known and not changed:
         say(f"prepare {name}: already done")
         return {split: open_split(folder / split) for split in SPLITS}
+    if known:
+        say(f"prepare {name}: made again, for what it was made with changed: {', '.join(changed)}")
+        record = {**record, **rules}
     return _pack_domain(project, name, domain, encoder, record)
 
 
@@ -80,6 +102,12 @@ def _known(folder: Path) -> dict[str, Any]:
     except (DdkError, KeyError, ValueError, TypeError):  # missing, cut short, or by another version
         return {}
     return records[0] if records[0] == records[1] else {}
+
+
+def _changed(known: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What differs between two records, in words."""
+    one, other = (_content(item) if item else {} for item in (known, record))
+    return [CHANGES.get(name, name) for name in record if one.get(name) != other[name]]
 
 
 def _content(record: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +247,8 @@ def _finish(name: str, writers: dict[str, SplitWriter], record: dict[str, Any]) 
             raise DdkError(
                 f"domains.{name}: no text in its {split} sources", hint="name files that hold documents"
             )
+    if not any(writer.facts.chats for writer in writers.values()):
+        record = {name: value for name, value in record.items() if name != CHAT_RULES}
     facts = {split: asdict(writer.finish(record)) for split, writer in writers.items()}
     for split in SPLITS:
         if not facts[split]["labels"]:

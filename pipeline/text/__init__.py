@@ -4,6 +4,7 @@ Nothing here knows a teacher.
 """
 
 from ddk_pipe.pipeline.text.encoding import (
+    Encoded,
     Encoder,
     chat_rules,
     project_tokenizer,
@@ -17,11 +18,13 @@ from ddk_pipe.pipeline.text.windows import (
     TOKENS_VERSION,
     TRAIN,
     VALIDATION,
+    Piece,
     Split,
+    SplitFacts,
     SplitWriter,
+    encode,
     labels_of,
     open_split,
-    pack,
 )
 
 __all__ = [
@@ -30,15 +33,18 @@ __all__ = [
     "TRAIN",
     "VALIDATION",
     "Document",
+    "Encoded",
     "Encoder",
+    "Piece",
     "Split",
+    "SplitFacts",
     "SplitWriter",
     "chat_rules",
     "documents",
+    "encode",
     "find_files",
     "labels_of",
     "open_split",
-    "pack",
     "project_tokenizer",
     "text_rules",
     "tokenizer_digest",

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ class Document:
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None  # that the chat's assistant may call
 
-    def fingerprint(self) -> int:
-        """First 32 bits of the SHA-256 of its content: decides the validation split, whatever the order."""
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that name its content: equal documents have equal ones, wherever they stand.
+
+        Salted: text that was sampled or sorted by a plain hash of its content is spread by this one all the same.
+        """
         shown = [self.messages, self.tools] if self.tools else self.messages
         content = self.text if self.text is not None else json.dumps(shown, sort_keys=True)
-        return int(hashlib.sha256(content.encode()).hexdigest()[:8], 16)
+        return hashlib.blake2b(content.encode(), digest_size=16, person=b"ddk-pipe text").digest()
 
 
 def find_files(project: Project, sources: list[Source], *, field: str) -> list[Path]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class SplitFacts:
     labels: int = 0
     text_bytes: int = 0
     chats: int = 0  # of the documents
+    left_out: int = 0  # documents of the training text that are validation text too
+    unused_tokens: int = 0  # of documents that are set aside, beyond what their windows hold
     seconds: float = 0.0  # spent on the whole domain
     digest: str = ""
 
@@ -175,30 +177,20 @@ def labels_of(tokens: NDArray[np.int64], loss_mask: NDArray[np.uint8], *, no_lab
     return labels
 
 
-def pack(
-    documents: Iterable[Document],
-    encoder: Encoder,
-    writers: Callable[[Document], SplitWriter],
-    *,
-    max_tokens: int,
-    finished: Callable[[], bool],
-    progress: Callable[[int], None],
-) -> None:
-    """Encode `documents` and hand each to the writer of its split, until all have what they want.
+@dataclass(frozen=True)
+class Piece:
+    """A document with its tokens, and the bytes of its text."""
 
-    Raises DdkError for a document of more than `max_tokens` tokens (a shard): it names file and line.
-    """
+    document: Document
+    encoded: Encoded
+    text_bytes: int
+
+
+def encode(documents: Iterable[Document], encoder: Encoder) -> Iterator[list[Piece]]:
+    """The documents in order, a batch at a time; those without text are left out."""
     for batch in batches(documents):
-        for document, encoded in zip(batch, encoder.encode(batch), strict=True):
-            if len(encoded.ids) == 1:  # no text, only the closing EOS
-                continue
-            if len(encoded.ids) > max_tokens:
-                raise DdkError(
-                    f"{document.where}: a document of {len(encoded.ids):,} tokens is longer than a shard of {max_tokens:,}",
-                    hint=f"split the document, or make cache.shard_windows {-(-len(encoded.ids) // max_tokens)} times as large",
-                )
-            size = len((document.text or json.dumps(document.messages)).encode())
-            writers(document).add(encoded, size)
-            progress(len(encoded.ids))
-        if finished():
-            return
+        yield [
+            Piece(document, encoded, len((document.text or json.dumps(document.messages)).encode()))
+            for document, encoded in zip(batch, encoder.encode(batch), strict=True)
+            if len(encoded.ids) > 1  # more than the closing EOS
+        ]

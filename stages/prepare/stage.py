@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,18 @@ from ddk_pipe.pipeline.text import (
     TOKENS_VERSION,
     TRAIN,
     VALIDATION,
-    Document,
     Encoder,
     Split,
-    SplitWriter,
     chat_rules,
-    documents,
     find_files,
     open_split,
-    pack,
     project_tokenizer,
     text_rules,
     tokenizer_digest,
-    tokenizer_size,
 )
-from ddk_pipe.stages.common import say, track
+from ddk_pipe.stages.common import say
+from ddk_pipe.stages.prepare.packing import CHAT_RULES, pack_domain
 
-CHAT_RULES = "chat_rules"  # in the record of domains that hold chats
 CHANGES = {
     "version": "the version of prepared tokens",
     "tokenizer_digest": "the tokenizer's ids",
@@ -41,7 +34,6 @@ CHANGES = {
     "fields": "names of fields",
     "shard_tokens": "the size of a shard",
 }
-HASH_RANGE = 1 << 32  # Document.fingerprint is below
 
 
 def prepare(project: Project) -> dict[str, dict[str, Split]]:
@@ -92,7 +84,7 @@ def _domain(
     if known:
         say(f"prepare {name}: made again, for what it was made with changed: {', '.join(changed)}")
         record = {**record, **rules}
-    return _pack_domain(project, name, domain, encoder, record)
+    return pack_domain(project, name, domain, encoder, record)
 
 
 def _known(folder: Path) -> dict[str, Any]:
@@ -150,115 +142,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except PermissionError:
         raise DdkError(f"{path}: no permission to read it", hint="change its mode or owner") from None
-
-
-def _pack_domain(
-    project: Project, name: str, domain: Domain, encoder: Encoder, record: dict[str, Any]
-) -> dict[str, Split]:
-    began = time.monotonic()
-    threshold = int(project.manifest.prepare.validation_fraction * HASH_RANGE)
-    if domain.validation is None:
-        facts = _pack_with_split(project, name, domain, encoder, record, threshold)
-    else:
-        facts = {}
-        writers = {split: _writer(project, name, encoder, split) for split in SPLITS}
-        try:
-            for split, sources in ((TRAIN, domain.train), (VALIDATION, domain.validation)):
-                writer = writers[split]
-                stream = documents(project, domain, sources, field=f"domains.{name}.{split}")
-                _run(
-                    project, f"prepare {name}/{split}", stream, encoder, {split: writer}, lambda _, s=split: s
-                )
-            facts = _finish(name, writers, record)
-        finally:
-            _discard(writers)
-    seconds = time.monotonic() - began
-    for split in SPLITS:
-        say(
-            f"prepare {name}/{split}: {facts[split]['documents']:,} documents, {facts[split]['tokens']:,} tokens,"
-            f" {facts[split]['windows']:,} windows"
-        )
-    tokens = sum(facts[split]["tokens"] for split in SPLITS)
-    say(f"prepare {name}: {tokens / max(seconds, 1e-9):,.0f} tokens/s")
-    return {split: open_split(project.tokens / name / split) for split in SPLITS}
-
-
-def _pack_with_split(
-    project: Project,
-    name: str,
-    domain: Domain,
-    encoder: Encoder,
-    record: dict[str, Any],
-    threshold: int,
-) -> dict[str, dict[str, Any]]:
-    """Set documents aside for validation by their hash; if none falls below the threshold, the lowest one."""
-    lowest, count = HASH_RANGE, 0
-
-    def side(document: Document) -> str:
-        nonlocal lowest, count
-        mark = document.fingerprint()
-        lowest, count = min(lowest, mark), count + 1
-        return VALIDATION if mark < threshold else TRAIN
-
-    writers = {split: _writer(project, name, encoder, split) for split in SPLITS}
-    try:
-        stream = documents(project, domain, domain.train, field=f"domains.{name}.train")
-        _run(project, f"prepare {name}", stream, encoder, writers, side)
-        if count == 1:
-            raise DdkError(
-                f"domains.{name}: one document cannot be both training and validation text",
-                hint=f"name files in domains.{name}.validation, or split the document",
-            )
-        if count and not writers[VALIDATION].facts.documents:
-            return _pack_with_split(project, name, domain, encoder, record, lowest + 1)
-        return _finish(name, writers, record)
-    finally:
-        _discard(writers)
-
-
-def _writer(project: Project, name: str, encoder: Encoder, split: str) -> SplitWriter:
-    limits = project.manifest.prepare
-    return SplitWriter(
-        project.tokens / name / split,
-        seq_len=project.manifest.seq_len,
-        vocab_size=tokenizer_size(encoder.tokenizer),
-        eos=encoder.eos,
-        max_windows=limits.max_train_windows if split == TRAIN else limits.max_validation_windows,
-    )
-
-
-def _run(
-    project: Project, what: str, stream: Any, encoder: Encoder, writers: dict[str, SplitWriter], side: Any
-) -> None:
-    with track(what, None, "tokens") as advance:
-        pack(
-            stream,
-            encoder,
-            lambda document: writers[side(document)],
-            max_tokens=project.manifest.cache.shard_windows * project.manifest.seq_len,
-            finished=lambda: all(writer.full for writer in writers.values()),
-            progress=advance,
-        )
-
-
-def _finish(name: str, writers: dict[str, SplitWriter], record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    for split, writer in writers.items():
-        if not writer.facts.documents:
-            raise DdkError(
-                f"domains.{name}: no text in its {split} sources", hint="name files that hold documents"
-            )
-    if not any(writer.facts.chats for writer in writers.values()):
-        record = {name: value for name, value in record.items() if name != CHAT_RULES}
-    facts = {split: asdict(writer.finish(record)) for split, writer in writers.items()}
-    for split in SPLITS:
-        if not facts[split]["labels"]:
-            raise DdkError(
-                f"domains.{name}: no token of its {split} text is a label",
-                hint="chats need turns of the assistant",
-            )
-    return facts
-
-
-def _discard(writers: dict[str, SplitWriter]) -> None:
-    for writer in writers.values():
-        writer.discard()

@@ -174,7 +174,7 @@ def test_validation_split_is_by_content_and_never_empty(project: Project, tmp_pa
 
 
 def test_named_validation_files(make_project: MakeProject, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "v.jsonl", [{"text": "kept for validation"}] * 3)
+    write_jsonl(tmp_path / "v.jsonl", [{"text": f"kept for validation {i}"} for i in (0, 1, 2, 2)])
     project = load_project(make_project(), ["domains.code={train: text/code.jsonl, validation: v.jsonl}"])
     splits = prepare(project)["code"]
     assert (splits[TRAIN].facts.documents, splits[VALIDATION].facts.documents) == (60, 3)

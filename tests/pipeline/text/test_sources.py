@@ -63,7 +63,7 @@ def test_chats(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}, {"messages": chat[::-1]}])
     first, second = read(tmp_path, "a.jsonl")
     assert first.messages == chat and first.text is None
-    assert first.fingerprint() != second.fingerprint()
+    assert first.digest != second.digest
 
 
 def test_reading_streams(tmp_path: Path) -> None:
@@ -103,6 +103,8 @@ def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
         find_files(project(tmp_path), ["."], field="f")
 
 
-def test_fingerprint_depends_on_content_only() -> None:
-    assert Document("a:1", "same").fingerprint() == Document("b:9", "same").fingerprint()
-    assert Document("a:1", "same").fingerprint() != Document("a:1", "other").fingerprint()
+def test_a_digest_depends_on_content_only() -> None:
+    assert Document("a:1", "same").digest == Document("b:9", "same").digest
+    assert Document("a:1", "same").digest != Document("a:1", "other").digest
+    chat = [{"role": "user", "content": "same"}]
+    assert Document("a:1", messages=chat).digest != Document("a:1", messages=chat, tools=[{}]).digest

@@ -8,21 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.text import Document, Encoder, SplitWriter, labels_of, open_split, pack
+from ddk_pipe.pipeline.text import Document, Encoder, SplitWriter, encode, labels_of, open_split
 
 
 def write(
     folder: Path, documents: list[Document], encoder: Encoder, *, seq_len: int = 8, most: int | None = None
 ) -> Any:
     writer = SplitWriter(folder, seq_len=seq_len, vocab_size=400, eos=encoder.eos, max_windows=most)
-    pack(
-        documents,
-        encoder,
-        lambda _: writer,
-        max_tokens=10_000,
-        finished=lambda: writer.full,
-        progress=lambda _: None,
-    )
+    for batch in encode(documents, encoder):
+        for piece in batch:
+            writer.add(piece.encoded, piece.text_bytes)
+        if writer.full:
+            break
     writer.finish({})
     return open_split(folder)
 

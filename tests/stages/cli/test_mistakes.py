@@ -152,14 +152,6 @@ def test_not_parquet(make_project: MakeProject, tmp_path: Path) -> None:
     assert "fake.parquet: not Parquet" in refused("prepare", path, "--set", "domains.code.train=fake.parquet")
 
 
-def test_document_longer_than_a_shard(make_project: MakeProject, tmp_path: Path) -> None:
-    path = make_project()
-    rows = [{"text": "short"}] * 3 + [{"text": "word and word " * 2000}]
-    write_jsonl(tmp_path / "text" / "code.jsonl", rows)
-    line = refused("prepare", path)
-    assert "code.jsonl:4: a document of" in line and "longer than a shard of 512" in line
-
-
 # --- mistakes about models ------------------------------------------------------------------------
 
 

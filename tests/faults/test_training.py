@@ -118,6 +118,7 @@ class Ranks:
             with pytest.MonkeyPatch.context() as patch:
                 self.turn_nan(patch)
                 self.command(f"nan_{parallel}", f"distill.parallel={parallel}")
+                self.command(f"nan_{parallel}/alike", f"distill.parallel={parallel}")
         self.command("nan_fsdp/again")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -220,6 +221,9 @@ def test_a_nan_loss_on_one_of_two_ranks(parallel: str, outcomes: dict[str, Any])
     (sick,) = re.findall(r"^sick (\S+)$", "\n".join(found["output"]), re.MULTILINE)
     assert f"at step 4; the window whose loss or gradient is not finite is {sick};" in line
     assert found["checkpoints"] == [3] and not found["partial"]
+    assert said(outcomes[f"nan_{parallel}/alike"]) == [line], (
+        "another run ends in the same words, and says them too"
+    )
     if parallel == "fsdp":
         assert_same_end("nan_fsdp", outcomes)
 

@@ -2,62 +2,42 @@
 
     checkpoints/step-00000050/
         position.json        where the run stands (written last, before the folder gets its name)
-        .metadata, *.distcp  torch.distributed.checkpoint: parameters and AdamW's moments, tensors only
+        *.safetensors        parameters and AdamW's moments, tensors only (see tensor_files)
 
 Several processes write in the background while training goes on; the folder is renamed when all are done. Learning
 rates, gamma and the data order are functions of the position, so nothing else is kept. Reading runs no code of the
-checkpoint's: its metadata is unpickled with a list of the few classes it may name.
+checkpoint's: nothing is unpickled, neither here nor by torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
-import pickle
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.stages.distill.tensor_files import TensorReader, tensor_writer
 from ddk_pipe.stages.distill.world import Wrapped
 
 NAME = "step-{:08d}"
+PICKLED = ".metadata"  # in checkpoints of versions before this one
+POSITION_BYTES = 1 << 24
 FULL_BYTES = 1 << 20  # a write that failed for want of space has taken all but this
-SAFE_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device", "float16", "bfloat16", "float32", "float64", "int32", "int64"},
-    "pathlib": {"Path", "PosixPath"},
-    "pathlib._local": {"Path", "PosixPath"},  # Python 3.13
-    "collections": {"OrderedDict"},
-}
 
 
 @dataclass(frozen=True)
@@ -100,11 +80,12 @@ class Checkpoints:
             durable.make_folder(self.folder)
             shutil.rmtree(partial, ignore_errors=True)
         self.world.wait()
-        writer = FileSystemWriter(partial)
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        writer = tensor_writer(partial, tensors)
         if not self.world.distributed:
             try:
                 with _no_word_of_one_process():
-                    save(self._tensors(), storage_writer=writer, no_dist=True)
+                    save(tensors, storage_writer=writer, no_dist=True)
                 self._publish(partial, position)
             except (Exception, CheckpointException) as problem:  # noqa: BLE001 - torch hides the system's errors
                 raise self._not_written(final, problem) from None
@@ -112,7 +93,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             return
         try:
-            future = async_save(self._tensors(), storage_writer=writer, process_group=self.world.saving)
+            future = async_save(tensors, storage_writer=writer, process_group=self.world.saving)
         except (Exception, CheckpointException) as problem:  # noqa: BLE001 - as above
             raise self._not_written(final, problem) from None
         assert isinstance(future, Future)
@@ -181,13 +162,22 @@ class Checkpoints:
 
     def found(self) -> list[Found]:
         """Whole checkpoints, oldest first. Raises DdkError for one that cannot be read."""
+        self._refuse_link()
         out = []
         for folder in sorted(self.folder.glob("step-*")):
             try:
-                out.append(Found(folder, json.loads((folder / "position.json").read_bytes())))
-            except (OSError, ValueError) as problem:
+                out.append(Found(folder, _read_position(folder)))
+            except (OSError, ValueError, RecursionError) as problem:
                 raise _damaged(folder, problem) from None
         return out
+
+    def _refuse_link(self) -> None:
+        """What is in this folder is removed without asking, so it is the run's own."""
+        if self.folder.is_symlink():
+            raise DdkError(
+                f"{self.folder}: a link, and checkpoints are not written or removed outside of the run's folder",
+                hint="delete the link, and set output to where there is room",
+            )
 
     def best(self, found: list[Found]) -> Found | None:
         """The checkpoint of the lowest mean validation gap, of those that were validated."""
@@ -196,11 +186,17 @@ class Checkpoints:
 
     def load(self, found: Found) -> None:
         """Copy its tensors into the student and the optimizer; raises DdkError if they do not fit or are damaged."""
-        reader = _Reader(found.folder)
+        if (found.folder / PICKLED).exists():
+            raise DdkError(
+                f"{found.folder}: the checkpoint is of an older ddk-pipe, in pickles, which are not read",
+                hint="finish the run with that version, or delete its folder checkpoints to start again",
+            )
+        tensors = self._tensors()
+        reader = TensorReader(found.folder, tensors)
         try:
             reader.read_metadata()  # DCP would print a traceback before it gives up
             with _no_word_of_one_process():
-                load(self._tensors(), storage_reader=reader, no_dist=not self.world.distributed)
+                load(dict(tensors), storage_reader=reader, no_dist=not self.world.distributed)
         except (Exception, CheckpointException) as problem:  # noqa: BLE001 - whatever damaged bytes lead to
             raise _damaged(found.folder, _cause(problem)) from None
 
@@ -213,6 +209,7 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed process left."""
+        self._refuse_link()
         if self.world.leads:
             for left in self.folder.glob(".*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -227,6 +224,21 @@ class Checkpoints:
             for key, value in state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
+
+
+def _read_position(folder: Path) -> dict[str, Any]:
+    """The content of position.json; raises OSError or ValueError."""
+    path = folder / "position.json"
+    if folder.is_symlink() or path.is_symlink() or not path.is_file():
+        raise ValueError("position.json is not an ordinary file of this folder")
+    if path.stat().st_size > POSITION_BYTES:
+        raise ValueError(f"position.json has more than {POSITION_BYTES:,} bytes")
+    position = json.loads(path.read_bytes())
+    if not isinstance(position, dict) or type(position.get("step")) is not int:
+        raise ValueError("position.json holds no step")
+    if folder.name != NAME.format(position["step"]):
+        raise ValueError(f"position.json is of step {position['step']}")
+    return position
 
 
 def _remove(folder: Path) -> None:
@@ -265,33 +277,3 @@ def _no_word_of_one_process() -> Iterator[None]:
             "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
         )
         yield
-
-
-class _Reader(FileSystemReader):
-    """DCP's reader, which unpickles any class; this one only those that metadata is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _Unpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"{type(metadata).__name__} in place of the metadata")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if name not in SAFE_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-
-def _enum_member(owner: Any, name: Any) -> Enum:
-    """What Python 3.11.0 to 3.11.3 make of an enum's member: getattr(its class, its name). Nothing else passes."""
-    if isinstance(owner, EnumType) and name in owner.__members__:
-        return owner.__members__[name]
-    raise pickle.UnpicklingError("builtins.getattr has no place in a checkpoint")

@@ -106,7 +106,7 @@ class Ranks:
             "status": self.world.gather(result.exit_code),
             "output": self.world.gather(result.output),
             "checkpoints": checkpoints_of(run),
-            "files": sorted(path.name for path in run.rglob("*.distcp")),
+            "files": sorted(path.name for path in (run / "checkpoints").rglob("*.safetensors")),
             "partial": [str(path) for path in run.rglob("*.partial")],
             "run": str(run),
         }
@@ -235,7 +235,7 @@ def test_one_of_two_ranks_told_to_stop(outcomes: dict[str, Any]) -> None:
     (line,) = said(found)
     assert "terminated; what is finished is kept, run the same command again to continue" in line
     assert found["checkpoints"] == [3] and not found["partial"]
-    assert found["files"] == ["__0_0.distcp", "__1_0.distcp"]  # of both
+    assert found["files"] == [f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)]
     assert_same_end("stop", outcomes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -16,13 +15,11 @@ import pytest
 import torch
 from ranks import distill_command, finish, kill_when, start_ranks
 from runs import assert_same_bits, order_of, rows_of, weights_of
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.distill import distill
-from ddk_pipe.stages.distill.checkpoints import _Unpickler
 from ddk_pipe.stages.distill.intervals import end_interval
 from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
@@ -178,7 +175,7 @@ def test_a_checkpoint_of_another_run_is_refused(cached: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["metadata", "tensors", "position"])
+@pytest.mark.parametrize("how", ["tensors", "position"])
 def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 3)
     project = load_project(cached)
@@ -186,8 +183,7 @@ def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pyte
         distill(project)
     folder = project.run / "checkpoints" / "step-00000003"
     victim = {
-        "metadata": folder / ".metadata",
-        "tensors": next(folder.glob("*.distcp")),
+        "tensors": next(folder.glob("*.safetensors")),
         "position": folder / "position.json",
     }[how]
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
@@ -195,45 +191,6 @@ def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pyte
         distill(project)
     shutil.rmtree(folder)
     assert distill(project)["steps"] == 6
-
-
-def test_a_checkpoint_runs_no_code(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    stop_at(monkeypatch, 3)
-    project = load_project(cached)
-    with pytest.raises(KeyboardInterrupt):
-        distill(project)
-
-    class Evil:
-        def __init__(self, *call: Any) -> None:
-            self.call = call
-
-        def __reduce__(self) -> Any:
-            return self.call[0], self.call[1:]
-
-        def __call__(self) -> None:
-            """So that pickle takes one as a function."""
-
-    direct = Evil(Path.touch, tmp_path / "owned")
-    through_getattr = Evil(Evil(getattr, Path, "touch"), tmp_path / "owned")
-    for evil in (direct, through_getattr):
-        (project.run / "checkpoints" / "step-00000003" / ".metadata").write_bytes(pickle.dumps(evil))
-        with pytest.raises(DdkError, match="has no place in a checkpoint"):
-            distill(project)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_enum_members_as_python_3_11_2_pickles_them() -> None:
-    """As getattr(class, name): Debian 12's Python could not read its own checkpoints."""
-    import pickle
-
-    class AsThere:
-        def __reduce__(self) -> Any:
-            return getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")
-
-    loaded = _Unpickler(io.BytesIO(pickle.dumps(AsThere()))).load()
-    assert loaded is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
 
 
 # --- a loss that is not a number --------------------------------------------------------------------

@@ -14,9 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
 
 TABLES = ("steps", "validation")
+FIGURES = {
+    "steps": ("loss", "tokens_per_second"),
+    "validation": ("gap", "student_ce", "teacher_ce", "weight"),
+}
 LAST_BYTES = 1 << 16  # holds the last rows of any table
 
 
@@ -74,16 +79,34 @@ class Record:
 
 
 def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
-    """All rows of a table, oldest first; a line cut short by a kill ends the table."""
+    """All rows of a table, oldest first; a line cut short by a kill ends the table.
+
+    Raises DdkError for a line that is JSON and no row.
+    """
     path = folder / f"{table}.jsonl"
     rows: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not is_row(row, table):
+                raise DdkError(
+                    f"{path}: line {number} is no row of a run's record",
+                    hint="delete that run's folder and train it again",
+                )
+            rows.append(row)
     return rows
+
+
+def is_row(row: Any, table: str) -> bool:
+    """True for a dict with a whole step, of the types that our tables hold: others read them without asking."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    figures = all(isinstance(row.get(name), int | float) for name in FIGURES[table])
+    named = table != "validation" or str(row.get("domain", "\n")).isprintable()
+    return figures and named
 
 
 def last_row(folder: Path, table: str) -> dict[str, Any] | None:
@@ -97,8 +120,8 @@ def last_row(folder: Path, table: str) -> dict[str, Any] | None:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-        except ValueError:  # cut short by a kill, or by the place we began to read at
+        except (ValueError, RecursionError):  # cut short by a kill, or by the place we began to read at
             continue
-        if isinstance(row, dict):
-            return row
+        if is_row(row, table):
+            return dict(row)
     return None

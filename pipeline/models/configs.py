@@ -28,7 +28,9 @@ def read_config(folder: Path, *, field: str, trust_remote_code: bool = False) ->
             section = field.rpartition(".")[0]
             raise DdkError(
                 f"{field}: {folder} needs code that comes with it, and that is not run unasked",
-                hint=f"read its .py files, then set {section}.trust_remote_code: true",
+                hint=f"read its .py files, then set {section}.trust_remote_code: true"
+                if section
+                else "use a model of an architecture that transformers knows",
             ) from None
         raise DdkError(
             f"{field}: {folder}/config.json cannot be used ({reason(problem)})", hint="mend it"

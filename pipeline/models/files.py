@@ -48,10 +48,16 @@ def _indexed(folder: Path, *, field: str) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        wrong = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise DdkError(f"{field}: {index} is damaged ({reason(problem)})", hint=DOWNLOAD_AGAIN) from None
+    if wrong:  # it may name any file, and what is no safetensors file is unpickled
+        raise DdkError(
+            f"{field}: {index} names {wrong[0]!r}, which is no *.safetensors of that folder",
+            hint="save the model again with save_pretrained",
+        )
+    return [folder / name for name in names]
 
 
 def _begins(path: Path, content: bytes) -> bool:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ddk_pipe.pipeline.errors import DdkError, reason
-from ddk_pipe.pipeline.models.files import check_pointers
+from ddk_pipe.pipeline.models.files import check_pointers, check_weight_files
 from ddk_pipe.pipeline.storage import durable
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -30,6 +30,7 @@ def model_folder(name: str, *, field: str, revision: str | None = None) -> Path:
             hint="download the weights, or save them with save_pretrained",
         )
     check_pointers(folder, WANTED, field=field)
+    check_weight_files(folder, field=field)
     return folder
 
 

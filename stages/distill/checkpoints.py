@@ -17,13 +17,14 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -34,6 +35,7 @@ from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.distill.tensor_files import TensorReader, tensor_writer
 from ddk_pipe.stages.distill.world import Wrapped
 
+T = TypeVar("T")
 NAME = "step-{:08d}"
 PICKLED = ".metadata"  # in checkpoints of versions before this one
 POSITION_BYTES = 1 << 24
@@ -50,6 +52,19 @@ class Found:
     @property
     def step(self) -> int:
         return int(self.position["step"])
+
+    def position_as(self, kind: type[T], check: Callable[[T], object]) -> T:
+        """Its position as this dataclass; raises DdkError for other types, and where `check` raises ValueError."""
+        try:
+            position = TypeAdapter(kind).validate_python(self.position, strict=True)
+            check(position)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise _damaged(self.folder, ValueError(f"position.json: {place}: {first['msg']}")) from None
+        except (ValueError, TypeError) as problem:
+            raise _damaged(self.folder, problem) from None
+        return position
 
 
 class Checkpoints:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ddk_pipe.pipeline.metrics import Record
+from ddk_pipe.pipeline.mixing import check_weights
 from ddk_pipe.stages.common import StopFlag, StoppedEarly, say, stop_flag, track
 from ddk_pipe.stages.distill.ending import finish
 from ddk_pipe.stages.distill.intervals import begin_first, end_interval
@@ -48,12 +51,18 @@ class Run:
         found = self.checkpoints.found()
         if not found:
             return None
-        position = Position(**found[-1].position)
-        if position.settings != self.settings:
-            raise other_settings(self.parts.project)
+        position = found[-1].position_as(Position, self._check)
         self.checkpoints.load(found[-1])
         say(f"distill: continuing at step {position.step} of {self.options.steps}")
         return position
+
+    def _check(self, position: Position) -> None:
+        """Raises DdkError for another run's, ValueError or TypeError for one that no run of ours has written."""
+        if position.settings != self.settings:
+            raise other_settings(self.parts.project)
+        for weights in (position.weights, position.shares):
+            check_weights(np.array(weights), domains=len(self.parts.domains))
+        self.parts.sampler.load_state_dict(position.sampler)
 
     def _train(self, position: Position, journal: Journal, stop: StopFlag) -> None:
         tokens_per_step = self.parts.tokens_per_step

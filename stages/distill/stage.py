@@ -6,12 +6,11 @@ continues a run that was stopped or killed, on the same number of processes to t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from ddk_pipe.pipeline.manifest import Project
-from ddk_pipe.stages.common import say
+from ddk_pipe.stages.common import load_run, say
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import other_settings, settings_of
 from ddk_pipe.stages.distill.run import Run
@@ -31,8 +30,8 @@ def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> di
         world.wait()  # or a process that comes late would see what the first has finished meanwhile
         if not there:
             return Run(Parts(project, world), settings, is_bad).go()
-        summary = json.loads(done.read_bytes())
-        if summary["settings"] != settings:
+        summary = load_run(project.run).summary or {}
+        if summary.get("settings") != settings:
             raise other_settings(project)
         say(f"distill: nothing to do, {project.run} is finished")
         return dict(summary)

@@ -16,7 +16,14 @@ import ddk_pipe
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import N_SUMS, summary
-from ddk_pipe.pipeline.models import be_quiet, head_is_plain, load_causal_lm, load_tokenizer, model_folder
+from ddk_pipe.pipeline.models import (
+    be_quiet,
+    head_is_plain,
+    load_causal_lm,
+    load_tokenizer,
+    model_folder,
+    read_config,
+)
 from ddk_pipe.pipeline.storage import Folder, durable, open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import VALIDATION, tokenizer_digest
@@ -62,9 +69,11 @@ def evaluate(place: Path, request: Request | None = None) -> Result:
         raise DdkError(
             f"{place}: not finished, so there is no student", hint="run `ddk-pipe distill` to its end"
         )
-    folder = place / "student" if run else model_folder(str(place.absolute()), field="STUDENT")
+    student = place / "student" if run else place
+    folder = model_folder(str(student.absolute()), field="STUDENT")
     cache = _cache(place, run, request)
     be_quiet()
+    read_config(folder, field="STUDENT")
     tokenizer = load_tokenizer(str(folder), field="STUDENT")
     model = load_causal_lm(folder, field="STUDENT", dtype=torch.float32)
     model.to(pick_device(request.device)).eval()

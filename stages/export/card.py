@@ -59,8 +59,9 @@ def _sections(
     options_of = manifest.get("distill", {})
     tuned = ("mixing", "gamma", "temperature", "alpha", "interval_steps", "steps", "batch_tokens", "seed")
     settings = ", ".join(f"{key} {options_of[key]}" for key in tuned if key in options_of)
+    versions = ", ".join(f"{key} {value}" for key, value in summary.get("versions", {}).items())
     return [
-        f"# {name}",
+        f"# {_text(name)}",
         (
             f"A language model of {summary.get('parameters', 0):,} parameters ({dtype}), distilled with"
             f" [ddk-pipe](https://pypi.org/project/ddk-pipe/) {ddk_pipe.__version__} from cached predictions of a teacher."
@@ -72,16 +73,16 @@ def _sections(
         ),
         f"## Teacher\n\n{_text(shown)}. Licence of the teacher: {_text(options.teacher_licence or NOT_STATED)}",
         (
-            f"## Data\n\n{_text(options.data or NOT_STATED)}\n\nDomains: {', '.join(run.domains)}."
+            f"## Data\n\n{_text(options.data or NOT_STATED)}\n\nDomains: {_text(', '.join(run.domains))}."
             f" {summary.get('tokens', 0):,} tokens of training in {summary.get('steps', 0):,} steps."
         ),
         f"## Licence\n\n{_text(options.licence or NOT_STATED)}",
         f"## Results\n\n{_markdown(domain_rows(run))}",
         *[f"{table.caption}:\n\n{_markdown(table)}" for table in evaluation_tables([run])],
         (
-            f"## How it was made\n\n{settings or 'not recorded'}.\n\n- settings: `{summary.get('settings', '')}`"
-            f"\n- cache: `{summary.get('cache_fingerprint', '')}`"
-            f"\n- versions: {', '.join(f'{key} {value}' for key, value in summary.get('versions', {}).items())}"
+            f"## How it was made\n\n{_text(settings) or 'not recorded'}.\n\n- settings: `{_text(str(summary.get('settings', '')))}`"
+            f"\n- cache: `{_text(str(summary.get('cache_fingerprint', '')))}`"
+            f"\n- versions: {_text(versions)}"
         ),
     ]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import be_quiet, load_causal_lm, load_tokenizer
+from ddk_pipe.pipeline.models import be_quiet, load_causal_lm, load_tokenizer, model_folder, read_config
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import RunRecord, load_run, say
 from ddk_pipe.stages.export.card import CardOptions, card
 
+EXPORTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -65,9 +67,12 @@ def export(place: Path, target: Target, options: CardOptions) -> Path:
 
 def _write(run: RunRecord, student: Path, folder: Path, target: Target, options: CardOptions) -> None:
     be_quiet()
+    _refuse_links(student)
+    model_folder(str(student.absolute()), field="the student")
+    read_config(student, field="the student")
     tokenizer = load_tokenizer(str(student), field="the student")
     if target.dtype == "float32":
-        shutil.copytree(student, folder)
+        shutil.copytree(student, folder, ignore=_not_the_model)
     else:
         _save_as(student, folder, target.dtype)
         tokenizer.save_pretrained(folder)
@@ -75,6 +80,22 @@ def _write(run: RunRecord, student: Path, folder: Path, target: Target, options:
     (folder / "README.md").write_text(card(run, options, target.dtype), encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def _refuse_links(student: Path) -> None:
+    """A link could lead to anything on this machine, and what is exported is given away."""
+    for path in [student, *student.rglob("*")]:
+        if path.is_symlink():
+            raise DdkError(f"{path}: a link, which is not exported", hint="put the file itself there")
+
+
+def _not_the_model(folder: str, names: list[str]) -> set[str]:
+    """What is no part of a model (pickles, notes): left behind."""
+    return {
+        name
+        for name in names
+        if not (Path(folder) / name).is_dir() and not any(fnmatch(name, pattern) for pattern in EXPORTED)
+    }
 
 
 def _save_as(student: Path, folder: Path, dtype: str) -> None:
@@ -90,8 +111,13 @@ def _generation_config(student: Path, tokenizer: Any) -> Any:
 
     try:
         config = GenerationConfig.from_pretrained(student)
+    except (RecursionError, TypeError, ValueError, AttributeError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise DdkError(
+            f"{student}/generation_config.json cannot be used ({reason})", hint="mend or delete it"
+        ) from None
     except OSError:
-        config = GenerationConfig.from_model_config(_config(student))
+        config = GenerationConfig.from_model_config(read_config(student, field="the student"))
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:
@@ -99,12 +125,6 @@ def _generation_config(student: Path, tokenizer: Any) -> Any:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     return config
-
-
-def _config(student: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(student)
 
 
 def _logged_in(target: Target, options: CardOptions) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import is_url, open_folder
-from ddk_pipe.stages.common import new_table, perplexity, terminal
+from ddk_pipe.stages.common import load_run, new_table, perplexity, terminal
 from ddk_pipe.stages.inspect.cache import cache_tables
 
 
@@ -79,18 +78,16 @@ def _tokens(path: Path, splits: list[Path]) -> Table:
 
 
 def _run(path: Path) -> Iterator[Table]:
-    from ddk_pipe.pipeline.metrics import read_rows
-
-    steps, validation = read_rows(path, "steps"), read_rows(path, "validation")
-    finished = (path / "run.json").is_file()
+    run = load_run(path)
+    steps, validation = run.steps, run.validation
     facts = new_table(f"run {path}", "what", "value")
-    facts.add_row("state", "finished" if finished else "unfinished")
+    facts.add_row("state", "finished" if run.finished else "unfinished")
     facts.add_row("steps", f"{steps[-1]['step'] if steps else 0:,}")
     if steps:
         facts.add_row("loss, first and last", f"{steps[0]['loss']:.3f}, {steps[-1]['loss']:.3f} nats/token")
         facts.add_row("tokens/s", f"{sum(row['tokens_per_second'] for row in steps) / len(steps):,.0f}")
-    if finished:
-        facts.add_row("parameters", f"{json.loads((path / 'run.json').read_bytes())['parameters']:,}")
+    if run.summary:
+        facts.add_row("parameters", f"{run.summary['parameters']:,}")
         facts.add_row("student", escape(str(path / "student")))
     yield facts
     if validation:

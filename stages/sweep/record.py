@@ -15,11 +15,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Project, RunSpec, Sweep
+from ddk_pipe.pipeline.manifest import DOMAIN_NAME, Project, RunSpec, Sweep
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.sweep.run import cache_digest
+
+
+class _Entry(BaseModel):
+    """A run, whose name is that of a folder beside the others."""
+
+    model_config = ConfigDict(strict=True)
+    name: str = Field(pattern=f"^{DOMAIN_NAME.pattern}$")
+    group: str
+    seed: int | None
+    overrides: list[str]
+
+
+class _Record(BaseModel):
+    """Of what types the fields of sweep.json are that a report reads."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    file: str
+    manifest: str
+    command: str
+    caches: dict[str, str | None]
+    runs: list[_Entry]
+    versions: dict[str, str]
 
 
 def write_record(
@@ -79,10 +104,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The content of sweep.json; raises DdkError if there is none, or if it is damaged."""
     path = folder / "sweep.json"
     try:
-        return dict(json.loads(path.read_bytes()))
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        _Record.model_validate(values)
+        return values
     except FileNotFoundError:
         raise DdkError(f"{folder}: no sweep", hint="run `ddk-pipe sweep`") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DdkError(f"{path}: damaged", hint="remove it; `ddk-pipe sweep` writes it again") from None
 
 
@@ -116,6 +143,6 @@ def finished_tokens_per_second(output: Path) -> list[float]:
     for path in sorted((output / "distill").glob("*/run.json")):
         try:
             rates.append(float(json.loads(path.read_bytes())["tokens_per_second"]))
-        except (ValueError, KeyError, TypeError):  # of another version: it only tells a rate
+        except (ValueError, KeyError, TypeError, RecursionError):  # of another version: it only tells a rate
             continue
     return rates

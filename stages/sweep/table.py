@@ -8,15 +8,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
 from rich.markup import escape
 
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import RunSpec
 from ddk_pipe.pipeline.metrics import last_row, read_rows
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import new_table, terminal
+from ddk_pipe.stages.common import load_run, new_table, terminal
 
 RESULTS = "results.parquet"
 Row = dict[str, Any]
+
+
+class _Note(BaseModel):
+    """How a run ended."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    status: str
+    error: str | None = None
 
 
 def note_of(folder: Path, name: str) -> Path:
@@ -25,8 +35,11 @@ def note_of(folder: Path, name: str) -> Path:
 
 
 def read_note(note: Path) -> dict[str, Any]:
-    """What a note says, nothing if there is none."""
-    return dict(json.loads(note.read_bytes())) if note.is_file() else {}
+    """What a note says, nothing if there is none; raises DdkError for a damaged one."""
+    try:
+        return _Note.model_validate_json(note.read_bytes()).model_dump() if note.is_file() else {}
+    except ValueError:
+        raise DdkError(f"{note}: damaged", hint="remove it") from None
 
 
 def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
@@ -46,16 +59,9 @@ def row_of(run: RunSpec, run_folder: Path, note: Path) -> Row:
     }
     summary = run_folder / "run.json"
     if summary.is_file():
-        facts = json.loads(summary.read_bytes())
-        row |= {
-            "status": "finished",
-            "steps": facts["steps"],
-            "tokens": facts["tokens"],
-            "parameters": facts["parameters"],
-            "cache_fingerprint": facts.get("cache_fingerprint"),
-            "seconds": facts["seconds"],
-            "tokens_per_second": facts["tokens_per_second"],
-        }
+        names = ("steps", "tokens", "parameters", "cache_fingerprint", "seconds", "tokens_per_second")
+        facts = load_run(run_folder).summary or {}
+        row |= {"status": "finished"} | {name: facts.get(name) for name in names}
     elif (last := last_row(run_folder, "steps")) is not None:
         row |= {"status": "unfinished", "steps": last["step"]}
     if row["status"] != "finished" and (noted := read_note(note)):

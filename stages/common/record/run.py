@@ -6,7 +6,9 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Manifest
@@ -14,7 +16,54 @@ from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 EVALUATION = "evaluation.json"
+MAKE_AGAIN = "remove it and make it again"
 Rows = list[dict[str, Any]]
+Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # a terminal would obey the others
+Facts = dict[Name, Any]
+
+
+class _Read(BaseModel):
+    """Of what types the fields are that are read from a run's files; others may stand beside them."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Cache(_Read):
+    path: str | None = None
+
+
+class _Manifest(_Read):
+    output: str = ""
+    cache: _Cache = _Cache()
+    teacher: Facts = {}
+    distill: Facts = {}
+
+
+class Summary(_Read):
+    """run.json."""
+
+    settings: Name = ""
+    command: Name | None = None
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    parameters: int = 0
+    peak_memory_bytes: int | None = None
+    cache_fingerprint: Name | None = None
+    manifest: _Manifest = _Manifest()
+    versions: dict[Name, Name] = {}
+
+
+class _Builtin(_Read):
+    domains: dict[Name, Facts] = {}
+
+
+class Evaluation(_Read):
+    """evaluation.json."""
+
+    builtin: _Builtin = _Builtin()
+    tasks: dict[Name, Facts] = {}
 
 
 @dataclass(frozen=True)
@@ -107,21 +156,28 @@ def load_run(folder: Path, **known: Any) -> RunRecord:
     """Read the record; raises DdkError if `folder` holds no run or a damaged one."""
     if not is_run(folder):
         raise DdkError(f"{folder}: no run", hint="name a folder that `ddk-pipe distill` wrote")
-    summary = _json(folder / "run.json")
+    summary = _json(folder / "run.json", Summary)
     return RunRecord(
         folder=folder,
         steps=read_rows(folder, "steps"),
         validation=read_rows(folder, "validation"),
         summary=summary,
-        evaluation=_json(folder / EVALUATION) or {},
+        evaluation=_json(folder / EVALUATION, Evaluation) or {},
         **{"command": (summary or {}).get("command"), **known},
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, kind: type[_Read]) -> dict[str, Any] | None:
+    """A JSON object whose fields are of the types that `kind` names."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        kind.model_validate(values)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        raise DdkError(f"{path}: damaged", hint="remove it and make it again") from None
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DdkError(f"{path}: damaged ({place}: {first['msg']})", hint=MAKE_AGAIN) from None
+    except (ValueError, TypeError, RecursionError):
+        raise DdkError(f"{path}: damaged", hint=MAKE_AGAIN) from None
+    return values

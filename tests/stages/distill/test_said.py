@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ddk_pipe.stages.cli.app import friendly
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.stages.cli.mistakes import friendly
 from ddk_pipe.stages.distill import said
 from ddk_pipe.stages.distill.said import meet, say_once
 

@@ -18,10 +18,6 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
 
 TABLES = ("steps", "validation")
-FIGURES = {
-    "steps": ("loss", "tokens_per_second"),
-    "validation": ("gap", "student_ce", "teacher_ce", "weight"),
-}
 LAST_BYTES = 1 << 16  # holds the last rows of any table
 
 
@@ -91,7 +87,7 @@ def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            if not is_row(row, table):
+            if not _is_row(row):
                 raise DdkError(
                     f"{path}: line {number} is no row of a run's record",
                     hint="delete that run's folder and train it again",
@@ -100,13 +96,8 @@ def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
     return rows
 
 
-def is_row(row: Any, table: str) -> bool:
-    """True for a dict with a whole step, of the types that our tables hold: others read them without asking."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return False
-    figures = all(isinstance(row.get(name), int | float) for name in FIGURES[table])
-    named = table != "validation" or str(row.get("domain", "\n")).isprintable()
-    return figures and named
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and type(row.get("step")) is int
 
 
 def last_row(folder: Path, table: str) -> dict[str, Any] | None:
@@ -122,6 +113,6 @@ def last_row(folder: Path, table: str) -> dict[str, Any] | None:
             row = json.loads(line)
         except (ValueError, RecursionError):  # cut short by a kill, or by the place we began to read at
             continue
-        if is_row(row, table):
+        if _is_row(row):
             return dict(row)
     return None

@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.mixing import DomainSampler
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
+from ddk_pipe.stages.distill.run import Position
 from ddk_pipe.stages.distill.world import World, Wrapped
 
 STEP = "step-00000003"
@@ -315,3 +317,43 @@ def test_positions_that_are_none(enemy: Enemy, text: str) -> None:
     (enemy.path / "position.json").write_text(text)
     line = enemy.refused()
     assert f"{STEP}: the checkpoint cannot be read" in line and len(line) < 600
+
+
+SOUND: dict[str, Any] = {
+    "step": 3,
+    "seconds": 1.0,
+    "weights": [1.0],
+    "shares": [1.0],
+    "sampler": {},
+    "settings": "x",
+}
+OTHERS = {
+    "weights of text": {"weights": "[1.0]"},
+    "a weight of text": {"weights": ["1.0"]},
+    "seconds of text": {"seconds": "1"},
+    "a sampler of pairs": {"sampler": [["seed", 0]]},
+    "settings of bytes": {"settings": [120]},
+    "warnings of numbers": {"warnings": [1]},
+    "finished by text": {"finished": "true"},
+}
+
+
+@pytest.mark.parametrize("values", OTHERS.values(), ids=OTHERS.keys())
+def test_positions_of_other_types(enemy: Enemy, values: dict[str, Any]) -> None:
+    path = enemy.path / "position.json"
+    path.write_text(json.dumps(SOUND))
+    assert enemy.checkpoints.found()[-1].position_as(Position, lambda position: None).shares == [1.0]
+    path.write_text(json.dumps({**SOUND, **values}))
+    with pytest.raises(DdkError, match=rf"cannot be read \(position.json: {next(iter(values))}"):
+        enemy.checkpoints.found()[-1].position_as(Position, lambda position: None)
+
+
+def test_a_position_that_the_run_refuses(enemy: Enemy) -> None:
+    """Weights that are not a number, a sampler's state without its counts: what the run's own check raises."""
+    (enemy.path / "position.json").write_text(json.dumps(SOUND))
+
+    def check(position: Position) -> None:
+        DomainSampler([4], seed=0).load_state_dict(position.sampler)
+
+    with pytest.raises(DdkError, match=r"cannot be read .the sampler's state has no 'seed'"):
+        enemy.checkpoints.found()[-1].position_as(Position, check)

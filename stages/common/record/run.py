@@ -16,6 +16,10 @@ from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 EVALUATION = "evaluation.json"
+FIGURES = {
+    "steps": ("loss", "tokens_per_second"),
+    "validation": ("gap", "student_ce", "teacher_ce", "weight"),
+}
 MAKE_AGAIN = "remove it and make it again"
 Rows = list[dict[str, Any]]
 Name = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # a terminal would obey the others
@@ -159,12 +163,22 @@ def load_run(folder: Path, **known: Any) -> RunRecord:
     summary = _json(folder / "run.json", Summary)
     return RunRecord(
         folder=folder,
-        steps=read_rows(folder, "steps"),
-        validation=read_rows(folder, "validation"),
+        steps=_rows(folder, "steps"),
+        validation=_rows(folder, "validation"),
         summary=summary,
         evaluation=_json(folder / EVALUATION, Evaluation) or {},
         **{"command": (summary or {}).get("command"), **known},
     )
+
+
+def _rows(folder: Path, table: str) -> Rows:
+    """The rows of a table; raises DdkError for one without its figures, or with a domain that is no name."""
+    rows = read_rows(folder, table)
+    for number, row in enumerate(rows, start=1):
+        figures = all(isinstance(row.get(name), int | float) for name in FIGURES[table])
+        if not figures or not str(row.get("domain", "")).isprintable():
+            raise DdkError(f"{folder / table}.jsonl: line {number} is damaged", hint=MAKE_AGAIN)
+    return rows
 
 
 def _json(path: Path, kind: type[_Read]) -> dict[str, Any] | None:

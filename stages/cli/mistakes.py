@@ -45,7 +45,10 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _stop(text: str, status: int) -> None:
-    _say(f"ddk-pipe: {' '.join(text.split())}")
+    shown = (
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split())
+    )
+    _say(f"ddk-pipe: {''.join(shown)}")  # what a file holds is no order to the terminal
     raise typer.Exit(status)
 
 

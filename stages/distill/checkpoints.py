@@ -56,7 +56,7 @@ class Found:
     def position_as(self, kind: type[T], check: Callable[[T], object]) -> T:
         """Its position as this dataclass; raises DdkError for other types, and where `check` raises ValueError."""
         try:
-            position = TypeAdapter(kind).validate_python(self.position, strict=True)
+            position = TypeAdapter(kind).validate_json(json.dumps(self.position), strict=True)
             check(position)
         except ValidationError as problem:
             first = problem.errors()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,6 +13,8 @@ import ddk_pipe
 from ddk_pipe.stages.common import RunRecord, TableData, domain_rows, evaluation_tables
 
 NOT_STATED = "Not stated by whoever exported this model."
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ def card(run: RunRecord, options: CardOptions, dtype: str) -> str:
 
 def _is_hub_id(model: Any) -> bool:
     """True for "user/name", which no folder of this machine looks like unless it is written so."""
-    if not isinstance(model, str) or model.startswith((".", "/", "~")):
-        return False
-    return model.count("/") == 1 and not Path(model).exists()
+    return isinstance(model, str) and bool(HUB_ID.fullmatch(model)) and not Path(model).exists()
 
 
 def _sections(

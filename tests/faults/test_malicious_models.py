@@ -113,13 +113,16 @@ def enemy(tmp_path: Path, whole: Path, tiny_teacher: Path) -> Enemy:
 
 def as_each(enemy: Enemy) -> list[tuple[Path, list[Any]]]:
     """Every way in for a model's folder: (the folder, the command that reads it)."""
-    model = f"student={{model: {enemy.teacher}}}"
+    start, second = enemy.folder / "start", enemy.run.with_name("second")
+    shutil.copytree(enemy.teacher, start, dirs_exist_ok=True)
+    shutil.copytree(enemy.run, second, dirs_exist_ok=True)
+    model = f"student={{model: {start}}}"
     sets = ["--set", f"teacher.model={enemy.teacher}", "--set", f"cache.path={enemy.folder / 'new'}"]
     return [
         (enemy.teacher, ["cache-teacher", enemy.manifest, *sets]),
-        (enemy.teacher, ["distill", enemy.manifest, "--set", model, "--set", "distill.name=other"]),
+        (start, ["distill", enemy.manifest, "--set", model, "--set", "distill.name=other"]),
         (enemy.student, ["evaluate", enemy.run, "--windows", "1"]),
-        (enemy.student, ["export", enemy.run, "--to", enemy.to(), "--dtype", "bfloat16"]),
+        (second / "student", ["export", second, "--to", enemy.to(), "--dtype", "bfloat16"]),
     ]
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.mixing import DomainSampler
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
-from ddk_pipe.stages.distill.run import Position
+from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.world import World, Wrapped
 
 STEP = "step-00000003"

@@ -20,7 +20,7 @@ from tiny import write_jsonl, write_project
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.manifest import load_project
-from ddk_pipe.stages.cli.app import app
+from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 
 STRANGE = "<script>alert(1)</script>"

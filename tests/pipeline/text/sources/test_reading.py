@@ -4,29 +4,19 @@ import bz2
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from reading import project, read
 from tiny import write_jsonl
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Domain, Manifest, Project
+from ddk_pipe.pipeline.manifest import Domain
 from ddk_pipe.pipeline.text import Document, documents, find_files
 
 ROWS = [{"text": "eins"}, {"text": "zwei 二"}, {"text": "drei\n"}]
-
-
-def project(root: Path) -> Project:
-    values = {"domains": {"d": {"train": ["x"]}}, "teacher": {"model": "m"}}
-    return Project(Manifest.model_validate(values), root)
-
-
-def read(root: Path, *sources: Any, **fields: Any) -> list[Document]:
-    domain = Domain.model_validate({"train": list(sources), **fields})
-    return list(documents(project(root), domain, domain.train, field="domains.d.train"))
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:

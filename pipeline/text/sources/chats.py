@@ -32,7 +32,10 @@ def _messages(messages: Any, where: str, field: str, *, structs: bool) -> list[d
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
-        raise DdkError(f"{where}: {field} is not a list of role and content", hint="see README, Chat data")
+        raise DdkError(
+            f"{where}: {field} is not a list of role and content",
+            hint='write [{"role": "user", "content": "..."}, ...]',
+        )
     return [
         _message(_present(message, structs=structs), f"{where}: message {number}")
         for number, message in enumerate(messages, 1)

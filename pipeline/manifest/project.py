@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest.fields import Manifest, Section, section_in
+from ddk_pipe.pipeline.manifest.yaml_text import parse_yaml
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
 
@@ -94,20 +94,16 @@ def load_project(path: Path, overrides: list[str] | None = None) -> Project:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises DdkError, naming the line, if there is none."""
+    """The mapping in a YAML file; raises DdkError, naming the line, if there is none, or a key is there twice."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DdkError(f"{path}: no such manifest", hint="write one with `ddk-pipe init`") from None
     except IsADirectoryError:
         raise DdkError(f"{path}: is a folder, not a manifest", hint="name the YAML file inside it") from None
     except UnicodeDecodeError as problem:
         raise DdkError(f"{path}: not UTF-8 ({problem.reason})", hint="save it as UTF-8") from None
-    except yaml.YAMLError as problem:
-        where = getattr(problem, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        what = getattr(problem, "problem", None) or "not YAML"
-        raise DdkError(f"{path}:{line} {what}", hint="mend the YAML there") from None
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise DdkError(f"{path}: not a mapping of fields", hint="write one with `ddk-pipe init`")
     return values
@@ -122,10 +118,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         below = node.get(parent)
         node[parent] = node = dict(below) if isinstance(below, dict) else {}
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise DdkError(f"--set {override}: the value is not YAML", hint="quote it") from None
+    node[last] = parse_yaml(text, f"--set {override}")
 
 
 def first_problem(

@@ -43,7 +43,6 @@ def _messages(messages: Any, where: str, field: str, *, structs: bool) -> list[d
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    _check_values(message, where)
     if not any(message.get(name) not in (None, []) for name in SAYS):
         raise DdkError(f"{where} has no content", hint="mend or drop the chat")
     if not message.get("tool_calls", True):
@@ -83,7 +82,6 @@ def _tools(tools: Any, where: str, *, structs: bool) -> list[dict[str, Any]] | N
         raise DdkError(
             f"{where}: its tools are not a list of objects", hint="mend them, or set tools_field: null"
         )
-    _check_values(tools, where)
     return [_without_null(tool) for tool in tools] if structs else tools
 
 
@@ -125,18 +123,3 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_null(item) for item in value]
     return value
-
-
-def _check_values(value: Any, where: str) -> None:
-    """Raises DdkError for what JSON cannot say: a template would write it as Python does."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_values(name, where)
-            _check_values(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _check_values(item, where)
-    elif not isinstance(value, str | int | float | None):
-        raise DdkError(
-            f"{where} holds a {type(value).__name__}, which is not text", hint="write it as text in the file"
-        )

@@ -73,4 +73,4 @@ def test_any_object_is_a_document_or_one_line(record: dict[str, Any]) -> None:
         except DdkError as problem:
             assert "w.jsonl:1: " in str(problem) and "\n" not in str(problem)
         else:
-            document.digest
+            assert document.digest

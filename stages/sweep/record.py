@@ -42,7 +42,7 @@ class _Record(BaseModel):
     file: str
     manifest: str
     command: str
-    caches: dict[str, str | None]
+    caches: dict[str, str | None] = {}
     runs: list[_Entry]
     versions: dict[str, str]
 
@@ -65,7 +65,7 @@ def write_record(
         if key not in digests:
             digests[key] = cache_digest(project)
         caches[name] = digests[key]
-    before = read_record(folder)["caches"] if (folder / "sweep.json").is_file() else {}
+    before = read_record(folder).get("caches", {}) if (folder / "sweep.json").is_file() else {}
     for name, digest in caches.items():
         if before.get(name, digest) != digest:
             raise cache_changed(projects[name].cache.name)

@@ -53,7 +53,7 @@ from teacher_states import (
 )
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select, stack
+from ddk_pipe.pipeline.targets import Codec, Context, Kept, Plan, Ranks, label_codes, select, stack_kept
 
 PARTS = ("main", "large", "goals")
 RECORD = 2048  # positions
@@ -105,7 +105,7 @@ class Result:
         return row | {f"{name}_per_cpu_second": statistics.median(v) for name, v in self.speeds.items()}
 
 
-def draw(log_p: Tensor, chosen: Plan, rng: np.random.Generator) -> SparseTargets:
+def draw(log_p: Tensor, chosen: Plan, rng: np.random.Generator) -> Kept:
     return select(
         log_p.exp(), chosen, torch.from_numpy(rng.random((len(log_p), chosen.uniforms_per_position)))
     )
@@ -117,7 +117,7 @@ def fit(material: Material, plans: dict[str, Plan], rng: np.random.Generator) ->
     kept = {name: np.zeros(vocab) for name in plans}
     for log_p, _ in material.pilot():
         for name, chosen in plans.items():
-            ids = draw(log_p, chosen, rng).ids
+            ids = draw(log_p, chosen, rng).targets.ids
             kept[name] += np.bincount(ids[ids >= 0].numpy(), minlength=vocab)
     codecs = {}
     for name, chosen in plans.items():
@@ -128,9 +128,9 @@ def fit(material: Material, plans: dict[str, Plan], rng: np.random.Generator) ->
 
 @dataclass
 class Window:
-    """One record's input: targets by scheme, and the context."""
+    """One record's input: what each scheme keeps, and the context."""
 
-    targets: dict[str, SparseTargets]
+    kept: dict[str, Kept]
     context: Context
 
 
@@ -141,15 +141,16 @@ def windows(
     seen: Callable[[Tensor, Tensor], None],
 ) -> Iterator[Window]:
     """Records of the measured positions; `seen` gets every block too."""
-    held: list[tuple[dict[str, SparseTargets], Tensor, NDArray[np.uint16]]] = []
+    held: list[tuple[dict[str, Kept], Tensor, Tensor]] = []
     for log_p, labels in material.measured():
         seen(log_p, labels)
-        codes = encode_log(log_p.gather(1, labels[:, None])[:, 0].numpy())
-        held.append(({name: draw(log_p, chosen, rng) for name, chosen in plans.items()}, labels, codes))
+        logprobs = log_p.gather(1, labels[:, None])[:, 0]
+        held.append(({name: draw(log_p, chosen, rng) for name, chosen in plans.items()}, labels, logprobs))
         if sum(len(labels) for _, labels, _ in held) >= RECORD:
-            targets = {name: stack([part[name] for part, _, _ in held]) for name in plans}
-            labels, codes = torch.cat([x for _, x, _ in held]), np.concatenate([x for _, _, x in held])
-            yield Window(targets, Context(labels.numpy(), codes, f"{material.name}/{rng.integers(1 << 62)}"))
+            kept = {name: stack_kept([part[name] for part, _, _ in held]) for name in plans}
+            labels, logprobs = torch.cat([x for _, x, _ in held]), torch.cat([x for _, _, x in held])
+            key = f"{material.name}/{rng.integers(1 << 62)}"
+            yield Window(kept, Context(labels.numpy(), label_codes(logprobs.numpy(), 0, key), key))
             held = []
 
 
@@ -171,7 +172,7 @@ def measure(
         for index, window in enumerate(windows(material, plans, rng, errors)):
             for name, (source, form) in formats.items():
                 add_record(
-                    results[name], material.name, form, window.targets[source], window.context, index == 0
+                    results[name], material.name, form, window.kept[source], window.context, index == 0
                 )
         print(f"{material.name}: measured, {time.process_time():.0f} CPU-s", flush=True)
     for result in results.values():
@@ -194,20 +195,19 @@ def add_errors(
     """Of every EVERY-th position of a block."""
     log_p, labels = log_p[::EVERY], labels[::EVERY]
     p = log_p.exp()
-    codes = encode_log(log_p.gather(1, labels[:, None])[:, 0].numpy())
+    logprobs = log_p.gather(1, labels[:, None])[:, 0].numpy()
     for name, (source, form) in formats.items():
         random = not plans[source].has_tail
         draws = []
         for _ in range(DRAWS if random else 1):
-            context = Context(labels.numpy(), codes, str(rng.integers(1 << 62)))
+            key = str(rng.integers(1 << 62))
+            context = Context(labels.numpy(), label_codes(logprobs, 0, key), key)
             draws.append(form.decode(form.encode(draw(log_p, plans[source], rng), context), context))
         results[name].errors.add(p, draws, head, spread)
 
 
-def add_record(
-    result: Result, domain: str, form: Format, targets: SparseTargets, context: Context, timed: bool
-) -> None:
-    record = form.encode(targets, context)
+def add_record(result: Result, domain: str, form: Format, kept: Kept, context: Context, timed: bool) -> None:
+    targets, record = kept.targets, form.encode(kept, context)
     decoded = form.decode(record, context)
     for part, data in record.items():
         result.parts[part] = result.parts.get(part, 0) + len(data)
@@ -217,7 +217,7 @@ def add_record(
     if bool((targets.tail > float("-inf")).any()):
         result.kl.append(coding_kl(targets, decoded))
     calls: dict[str, Callable[[], object]] = {
-        "encode": lambda: form.encode(targets, context),
+        "encode": lambda: form.encode(kept, context),
         "decode": lambda: form.decode(record, context),
     }
     for name, call in calls.items() if timed else ():

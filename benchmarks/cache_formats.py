@@ -1,6 +1,6 @@
 """Ways to store one window's sparse targets as bytes: this package's planes, and what else is in use.
 
-Each is `encode(targets, context) -> {part: bytes}` and its inverse. Tokens are left out everywhere. The label's
+Each is `encode(kept, context) -> {part: bytes}` and its inverse. Tokens are left out everywhere. The label's
 log-probability is the part `labels` of ours, and no part of the others, which do not store it.
 """
 
@@ -14,7 +14,7 @@ import torch
 from numcodecs import Zstd, blosc
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.targets import PADDING_ID, Codec, Context, SparseTargets, decode_log, encode_log
+from ddk_pipe.pipeline.targets import PADDING_ID, Codec, Context, Kept, SparseTargets, decode_log, encode_log
 
 blosc.set_nthreads(1)
 Record = dict[str, bytes]
@@ -23,7 +23,7 @@ Record = dict[str, bytes]
 class Format(Protocol):
     """How targets lie on disk."""
 
-    def encode(self, targets: SparseTargets, context: Context) -> Record: ...
+    def encode(self, kept: Kept, context: Context) -> Record: ...
 
     def decode(self, record: Record, context: Context) -> SparseTargets: ...
 
@@ -40,8 +40,8 @@ class Planes:
 
     codec: Codec
 
-    def encode(self, targets: SparseTargets, context: Context) -> Record:
-        planes = {**self.codec.encode(targets, context), "labels": context.label_codes}
+    def encode(self, kept: Kept, context: Context) -> Record:
+        planes = {**self.codec.encode(kept, context), "labels": context.label_codes}
         return {name: shuffled(plane) for name, plane in planes.items()}
 
     def decode(self, record: Record, context: Context) -> SparseTargets:
@@ -58,16 +58,14 @@ class Packed24:
     draws: int
     count_bits: int = 7
 
-    def encode(self, targets: SparseTargets, context: Context) -> Record:
-        ids = targets.ids.numpy()
-        kept = ids >= 0
-        counts = np.rint(np.exp(targets.logprobs.numpy()[kept].astype(np.float64)) * self.draws).astype(
-            np.uint32
-        )
-        words = (ids[kept].astype(np.uint32) << self.count_bits | counts).astype("<u4")
+    def encode(self, kept: Kept, context: Context) -> Record:
+        ids, logs = kept.targets.ids.numpy(), kept.targets.logprobs.numpy().astype(np.float64)
+        filled = ids >= 0
+        counts = np.rint(np.exp(logs[filled]) * self.draws).astype(np.uint32)
+        words = (ids[filled].astype(np.uint32) << self.count_bits | counts).astype("<u4")
         return {
             "entries": words.view(np.uint8).reshape(-1, 4)[:, :3].tobytes(),
-            "lengths": kept.sum(1).astype(np.uint8).tobytes(),
+            "lengths": filled.sum(1).astype(np.uint8).tobytes(),
         }
 
     def decode(self, record: Record, context: Context) -> SparseTargets:
@@ -88,7 +86,8 @@ class Packed24:
 class ZarrDefault:
     """int32 ids and float16 log-probabilities, most probable first, as zarr compresses by default (zstd 0)."""
 
-    def encode(self, targets: SparseTargets, context: Context) -> Record:
+    def encode(self, kept: Kept, context: Context) -> Record:
+        targets = kept.targets
         ids, logs = _by_weight(targets)
         arrays = {
             "ids": ids,
@@ -111,7 +110,8 @@ _ZARR_TYPES = {"ids": np.int32, "logprobs": np.float16, "tails": np.float16}
 class FixedWidth:
     """u16 ids and u8 codes uniform in p^(1/4), a u16 log code of the tail; usable where it lies, nothing compressed."""
 
-    def encode(self, targets: SparseTargets, context: Context) -> Record:
+    def encode(self, kept: Kept, context: Context) -> Record:
+        targets = kept.targets
         ids, logs = _by_weight(targets)
         arrays = {
             "ids": ids.astype(np.uint16),

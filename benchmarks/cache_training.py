@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from teacher_states import CORPUS, SCRATCH, WINDOW, Domain, load
 from torch import Tensor, nn
 
-from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select
+from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, label_codes, select
 
 SCHEMES = {
     REFERENCE: Plan("random", 0.01, 64, 256, 50, (1.0,), 0),
@@ -170,10 +170,9 @@ def through_codec(
     logprobs: Tensor, labels: Tensor, codec: Codec, uniforms: Tensor, key: str
 ) -> SparseTargets:
     """What a student reads from a cache of the distributions [n, V]."""
-    label_codes = encode_log(logprobs.gather(1, labels[:, None])[:, 0].numpy())
-    context = Context(labels.numpy(), label_codes, key)
-    targets = select(logprobs.exp(), codec.plan, uniforms)
-    return codec.decode(codec.encode(targets, context), context)
+    codes = label_codes(logprobs.gather(1, labels[:, None])[:, 0].numpy(), codec.plan.seed, key)
+    context = Context(labels.numpy(), codes, key)
+    return codec.decode(codec.encode(select(logprobs.exp(), codec.plan, uniforms), context), context)
 
 
 def minus(targets: SparseTargets) -> Gradient:

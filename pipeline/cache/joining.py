@@ -27,6 +27,12 @@ def planned(folder: Folder, spec: CacheSpec) -> CacheSpec:
 
 def merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
     """The known cache with the wanted domains; raises DdkError where the two disagree."""
+    if known.schema_version != wanted.schema_version:
+        raise DdkError(
+            f"{folder.name}: of schema version {known.schema_version}, which is read but not added to; new caches have"
+            f" {wanted.schema_version}",
+            hint="set cache.path to a new folder",
+        )
     ours, theirs = known.identity(), wanted.identity()
     for name, value in theirs.items():
         if ours[name] != value:

@@ -20,12 +20,11 @@ from ddk_pipe.pipeline.targets import (
     Context,
     Selected,
     SparseTargets,
-    encode_log,
+    label_codes,
 )
 from ddk_pipe.pipeline.text import labels_of
 
 STAMP_WORDS = 4  # u16 words that hold the window number
-LEAST_LOGPROB = -1e4  # a label the teacher thinks impossible (-inf) still has a code, 65535 means "no label"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -64,7 +63,7 @@ def content(
     labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
     arrays: Arrays = {
         "tokens": tokens.astype(token_dtype(spec.vocab_size)),
-        "labels": _labels(shard, labels, selected),
+        "labels": _labels(shard, spec, labels, selected),
     }
     contexts = [
         Context(labels[row], codes, shard.key(shard.first_window + row))
@@ -75,7 +74,7 @@ def content(
         codec, _ = codecs.of(shard.domain, slot)
         _check_sizes(shard, [window.targets[slot] for window in selected])
         planes = [
-            codec.encode(window.targets[slot], context)
+            codec.encode(window.kept[slot], context)
             for window, context in zip(selected, contexts, strict=True)
         ]
         for name, dtype in codec.planes.items():
@@ -95,14 +94,20 @@ def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:
             )
 
 
-def _labels(shard: Shard, labels: NDArray[np.int64], selected: list[Selected]) -> NDArray[np.uint16]:
+def _labels(
+    shard: Shard, spec: CacheSpec, labels: NDArray[np.int64], selected: list[Selected]
+) -> NDArray[np.uint16]:
     """Window number, then the code of each label's log-probability: u16 [windows, 4 + seq_len]."""
     numbers = np.arange(shard.first_window, shard.first_window + shard.windows, dtype="<u8")
     stamps = numbers.view("<u2").reshape(-1, STAMP_WORDS)
     logprobs = np.stack([window.label_logprobs.cpu().numpy() for window in selected])
     if not np.array_equal(np.isnan(logprobs), labels == NO_LABEL):
         raise ValueError(f"{shard.name}: the teacher's log-probabilities are not those of the labels")
-    return np.concatenate([stamps, encode_log(np.maximum(logprobs, LEAST_LOGPROB))], axis=1)
+    codes = [
+        label_codes(row, spec.plan.seed, shard.key(shard.first_window + number))
+        for number, row in enumerate(logprobs)
+    ]
+    return np.concatenate([stamps, np.stack(codes)], axis=1)
 
 
 def _rectangle(rows: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:

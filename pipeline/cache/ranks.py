@@ -65,6 +65,7 @@ class Codecs:
         """The codec of the slot-th temperature, and its table's digest; raises DdkError without a table."""
         if (domain, slot) not in self._codecs:
             ranks = read_ranks(self.folder, domain, self.spec.vocab_size)
-            codec = Codec(self.spec.plan, ranks, self.spec.plan.temperatures[slot])
+            temperature, label_rests = self.spec.plan.temperatures[slot], self.spec.schema_version > 2
+            codec = Codec(self.spec.plan, ranks, temperature, label_rests=label_rests)
             self._codecs[domain, slot] = codec, ranks_digest(ranks)
         return self._codecs[domain, slot]

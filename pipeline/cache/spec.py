@@ -33,7 +33,11 @@ from ddk_pipe.pipeline.storage import Folder, durable
 from ddk_pipe.pipeline.targets import LEVELS, LOG_STEPS, Plan
 from ddk_pipe.pipeline.text import SPLITS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE = (
+    2,
+    SCHEMA_VERSION,
+)  # 2 had no codes of the rest in the rows of likely labels, and label codes to the nearest
 QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"
 MOST_SHARDS = 1 << 20  # of a cache
 MOST_SHARD_WINDOWS = manifest.MOST_SHARD_WINDOWS
@@ -51,11 +55,12 @@ class CacheSpec:
     plan: Plan
     domains: dict[str, dict[str, SplitSize]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # for people: the model's name, versions
+    schema_version: int = SCHEMA_VERSION
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what a shard holds, without the list of domains (which may grow)."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "teacher": self.teacher,
             "tokenizer_digest": self.tokenizer_digest,
             "vocab_size": self.vocab_size,
@@ -119,6 +124,7 @@ class _SpecFile(Strict):
                 for name, splits in self.domains.items()
             },
             about=self.about,
+            schema_version=self.schema_version,
         )
         if count_shards(spec) > MOST_SHARDS:
             raise ValueError("too many shards")
@@ -135,9 +141,9 @@ def read_spec(folder: Folder) -> CacheSpec:
     except (ValueError, RecursionError):
         raise DdkError(f"{path}: not JSON", hint=RESTORE) from None
     version = values.get("schema_version") if isinstance(values, dict) else None
-    if version != SCHEMA_VERSION:
+    if isinstance(version, bool) or version not in READABLE:
         raise DdkError(
-            f"{path}: schema version {str(version)[:20]}, this program reads {SCHEMA_VERSION}",
+            f"{path}: schema version {str(version)[:20]}, this program reads {' and '.join(map(str, READABLE))}",
             hint="use the ddk-pipe that wrote it, or make the cache again",
         )
     try:

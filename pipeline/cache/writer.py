@@ -25,7 +25,7 @@ from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_bytes, ranks_name
 from ddk_pipe.pipeline.cache.record import GROUP, FileFacts, ShardRecord, checks_text, read_record
 from ddk_pipe.pipeline.cache.shards import Shard, uncommitted
 from ddk_pipe.pipeline.cache.soundness import measure
-from ddk_pipe.pipeline.cache.spec import SCHEMA_VERSION, CacheSpec, all_shards, read_spec
+from ddk_pipe.pipeline.cache.spec import CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.cache.strict_json import MOST_JSON_BYTES
 from ddk_pipe.pipeline.cache.windows import ShardWindows
 from ddk_pipe.pipeline.errors import DdkError
@@ -119,7 +119,7 @@ class CacheWriter:
                 **facts,
                 **vars(shard),
                 **vars(measure(slots, self.spec)),
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": self.spec.schema_version,
                 "fingerprint": self.spec.fingerprint,
                 "ranks_digest": self._codecs.of(shard.domain, 0)[1],
                 "group": group,

@@ -6,11 +6,11 @@ Selection and codec are arithmetic; where the bytes go is the cache's business.
 from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, MOST_PADDED, Codec
 from ddk_pipe.pipeline.targets.quantisers import LEVELS, LOG_STEPS, NO_LOG, decode_log, encode_log
 from ddk_pipe.pipeline.targets.ranks import Ranks
+from ddk_pipe.pipeline.targets.rounding import label_codes
+from ddk_pipe.pipeline.targets.selected import Kept, Selected, join, stack_kept
 from ddk_pipe.pipeline.targets.selection import (
     Plan,
-    Selected,
     head_rows,
-    join,
     select,
     select_logits,
     top_with_tail,
@@ -28,6 +28,7 @@ __all__ = [
     "PADDING_ID",
     "Codec",
     "Context",
+    "Kept",
     "Plan",
     "Planes",
     "Ranks",
@@ -37,8 +38,10 @@ __all__ = [
     "encode_log",
     "head_rows",
     "join",
+    "label_codes",
     "select",
     "select_logits",
     "stack",
+    "stack_kept",
     "top_with_tail",
 ]

@@ -6,7 +6,7 @@ weights become codes (`weights`, which also bounds the error). Three kinds of en
 | kind  | which                                              | weight                                            |
 |-------|----------------------------------------------------|---------------------------------------------------|
 | label | the true next token where its p >= tau, at T = 1   | known: the cache holds its log-probability anyway |
-| head  | p >= tau; without a rest rule, every entry         | u8 code, uniform in p^(1/4)                       |
+| head  | the others that have a weight of their own (`Kept`) | u8 code, uniform in p^(1/4)                       |
 | rest  | draws from below tau (`pps` only)                  | equal shares of the rest's mass                   |
 
 | scheme    | label entry        | codes of the head                         | tail         |
@@ -16,7 +16,7 @@ weights become codes (`weights`, which also bounds the error). Three kinds of en
 | topk      | in the head        | to the nearest                            | u16 log code |
 | random    | in the head        | the count of draws, exact                 | none         |
 
-Under `pps` the number of rest entries is stored as its difference from the number of draws that the rest's mass asks for.
+A label surely in the head is implied: its code is two steps or more above tau. Under `pps` the number of rest entries is stored as its difference from the number of draws that the rest's mass asks for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.targets.gaps import ID_BITS, ids_of, octaves_and_bits, rank_gaps
 from ddk_pipe.pipeline.targets.quantisers import LEVELS, encode_log
 from ddk_pipe.pipeline.targets.ranks import Ranks
+from ddk_pipe.pipeline.targets.selected import Kept
 from ddk_pipe.pipeline.targets.selection import Plan
 from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
 from ddk_pipe.pipeline.targets.weights import LABEL, LARGEST, REST, WeightCodec
@@ -42,14 +43,17 @@ class Codec:
     """Encodes and decodes windows at one temperature: a pure function of plan, temperature and rank table.
 
     `planes` names the arrays of a window with their types: heads [L], draws [L] (pps), tails [L] (threshold, topk),
-    octaves [entries], bits [bytes], codes [head entries]; entries run over the heads by position, then the rests.
+    octaves [entries], bits [bytes], codes [head entries, then the rows of likely labels]; entries run over the heads by
+    position, then the rests. `label_rests` False reads caches of schema version 2 (`WeightCodec`).
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, temperature: float = 1.0) -> None:
+    def __init__(
+        self, plan: Plan, ranks: Ranks, temperature: float = 1.0, *, label_rests: bool = True
+    ) -> None:
         if len(ranks.id_of) > 1 << ID_BITS:
             raise ValueError(f"a vocabulary of {len(ranks.id_of):,} is too large")
         self.plan, self.ranks = plan, ranks
-        self.weights = WeightCodec(plan, temperature)
+        self.weights = WeightCodec(plan, temperature, label_rests=label_rests)
         many = np.dtype("u4") if plan.scheme == "pps" and plan.tau < 1 / 30_000 else np.dtype("u2")
         extra = {"draws": many} if plan.scheme == "pps" else {}
         extra |= {"tails": np.dtype("u2")} if plan.has_tail else {}
@@ -60,51 +64,50 @@ class Codec:
         """Bound on what coding changes of a head weight before the row is made to sum to 1 (`WeightCodec.cell`)."""
         return self.weights.cell(weight)
 
-    def encode(self, targets: SparseTargets, context: Context) -> Planes:
+    def encode(self, kept: Kept, context: Context) -> Planes:
         """Raises ValueError for targets that break the invariants of SparseTargets or contradict the context."""
-        targets.validate(len(self.ranks.id_of))
-        length = len(targets.tail)
-        all_ids = targets.ids.cpu().numpy()
+        kept.targets.validate(len(self.ranks.id_of))
+        length = kept.targets.positions
+        all_ids = kept.targets.ids.cpu().numpy()
         rows, columns = np.nonzero(all_ids >= 0)
-        ids = all_ids[rows, columns]
-        weights = np.exp(targets.logprobs.cpu().numpy()[rows, columns].astype(np.float64))
+        ids, head = all_ids[rows, columns], kept.head.cpu().numpy()[rows, columns]
+        weights = np.exp(kept.targets.logprobs.cpu().numpy()[rows, columns].astype(np.float64))
         implied = self.weights.implied(context)
-        coded = ~(implied[rows] & (ids == context.labels[rows]))
-        if len(ids) - coded.sum() != implied.sum():
+        is_label = implied[rows] & (ids == context.labels[rows]) & head
+        if is_label.sum() != implied.sum():
             raise ValueError("a label likely enough for the head is not among the targets")
-        rows, ids, weights = rows[coded], ids[coded], weights[coded]
-        head = self.weights.in_head(weights)
+        label = np.bincount(rows[is_label], weights[is_label], length).astype(np.float64)
+        rows, ids, weights, head = (values[~is_label] for values in (rows, ids, weights, head))
         order, gaps = rank_gaps(self.ranks, rows, ids, head)
         cut = int(head.sum())
         head_rows, rests = rows[order[:cut]], np.bincount(rows[order[cut:]], minlength=length)
-        mass = np.bincount(rows[order[cut:]], weights[order[cut:]], length).astype(np.float64)
-        codes = self.weights.codes(weights[order[:cut]], head_rows, mass, context)
         octaves, bits = octaves_and_bits(gaps)
-        planes = {
-            "heads": np.bincount(head_rows, minlength=length),
-            "octaves": octaves,
-            "bits": bits,
-            "codes": codes,
-        }
+        planes = {"heads": np.bincount(head_rows, minlength=length), "octaves": octaves, "bits": bits}
         if self.plan.scheme == "pps":
+            mass = kept.mass.cpu().numpy()
+            codes = self.weights.pps_codes(weights[order[:cut]], head_rows, label, mass, context)
             shares = self.weights.split(codes, head_rows, context)
             difference = rests - self.weights.draws(shares.mass, context)
             planes["draws"] = (difference << 1) ^ (difference >> 63)  # zigzag: 0, -1, 1, -2, ...
+        else:
+            codes = self.weights.codes(weights[order[:cut]])
+        planes["codes"] = codes
         if self.plan.has_tail:
-            planes["tails"] = encode_log(targets.tail.cpu().numpy())
+            planes["tails"] = encode_log(kept.targets.tail.cpu().numpy())
         return {name: planes[name].astype(dtype) for name, dtype in self.planes.items()}
 
     def decode(self, planes: Planes, context: Context) -> SparseTargets:
         """Inverse of encode; planes may be longer than they need to be. Raises ValueError if they contradict each other."""
         heads = planes["heads"].astype(np.int64)
         length, cut = len(heads), int(heads.sum())
-        codes = used(planes["codes"], cut).astype(np.int64)
+        with_rests = cut + int(self.weights.has_rest(context).sum())
+        codes = used(planes["codes"], with_rests).astype(np.int64)
         head_rows = np.repeat(np.arange(length), heads)
         implied = self.weights.implied(context)
-        rests, kinds = np.zeros(length, np.int64), codes
+        rests, kinds = np.zeros(length, np.int64), codes[:cut]
         if self.plan.scheme == "pps":
             shares = self.weights.split(codes, head_rows, context)
-            kinds = np.where(codes > LEVELS, LARGEST, codes)
+            kinds = np.where(kinds > LEVELS, LARGEST, kinds)
             zigzag = planes["draws"].astype(np.int64)
             rests = self.weights.draws(shares.mass, context) + ((zigzag >> 1) ^ -(zigzag & 1))
             if (rests < 0).any() or rests.max(initial=0) > len(self.ranks.id_of):

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddk_pipe.pipeline import manifest
-from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets, stack
+from ddk_pipe.pipeline.targets.selected import Kept, Selected, join
+from ddk_pipe.pipeline.targets.sparse import PADDING_ID, SparseTargets
 
 BLOCK = 256  # tokens per block of the two-level draw
 HEAD_BYTES = 256 << 20  # memory for the logits of one run of the output layer: at 64 MB its product is slower
@@ -85,26 +86,6 @@ class Plan:
         return generator.random(shape)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """What the cache keeps of N positions: label_logprobs float32 [N] in nats at T = 1 (NaN without a label),
-    and one SparseTargets per temperature of the plan."""
-
-    label_logprobs: Tensor
-    targets: tuple[SparseTargets, ...]
-
-    def rows(self, index: slice) -> Selected:
-        return Selected(self.label_logprobs[index], tuple(targets.rows(index) for targets in self.targets))
-
-
-def join(parts: list[Selected]) -> Selected:
-    """Selections of consecutive positions as one."""
-    return Selected(
-        torch.cat([part.label_logprobs for part in parts]),
-        tuple(stack(list(column)) for column in zip(*(part.targets for part in parts), strict=True)),
-    )
-
-
 def head_rows(vocab_size: int) -> int:
     """Positions whose logits [rows, vocab_size] float32 should exist at once: enough for a fast matrix product."""
     return max(16, HEAD_BYTES // (4 * vocab_size))
@@ -130,12 +111,13 @@ def _select_block(logits: Tensor, labels: Tensor, plan: Plan, uniforms: Tensor) 
     if bool(p[:, 0].isnan().any()):  # NaN or +inf anywhere in a row make all of it NaN
         raise FloatingPointError("the teacher's logits hold NaN or infinity")
     label_logprobs = torch.full(labels.shape, float("nan"), device=logits.device)
-    label_logprobs[live] = _logprobs_of(labels[live], p, logits)
-    targets = []
+    # float32 softmax over a large vocabulary sums to 1 only within 2e-5, which 1 - p of a likely label must not carry
+    label_logprobs[live] = _logprobs_of(labels[live], p, logits) - p.sum(1).log()
+    kept = []
     for temperature, numbers in zip(plan.temperatures, uniforms, strict=True):
         softened = p if temperature == 1.0 else torch.softmax(logits.float() / temperature, dim=1)
-        targets.append(_spread(select(softened, plan, numbers), live, len(labels)))
-    return Selected(label_logprobs, tuple(targets))
+        kept.append(_spread(select(softened, plan, numbers), live, len(labels)))
+    return Selected(label_logprobs, tuple(kept))
 
 
 def _logprobs_of(labels: Tensor, p: Tensor, logits: Tensor) -> Tensor:
@@ -149,22 +131,23 @@ def _logprobs_of(labels: Tensor, p: Tensor, logits: Tensor) -> Tensor:
     return logprobs
 
 
-def select(p: Tensor, plan: Plan, uniforms: Tensor) -> SparseTargets:
-    """One temperature: float32 probabilities [N, V], uniforms float64 [N, draws] -> SparseTargets."""
+def select(p: Tensor, plan: Plan, uniforms: Tensor) -> Kept:
+    """One temperature: float32 probabilities [N, V], uniforms float64 [N, draws] -> what is kept."""
     if plan.scheme == "pps":
         return pps(p, plan.tau, uniforms[:, 0])
     if plan.scheme == "random":
-        return random_draws(p, uniforms)
+        return Kept.exact(random_draws(p, uniforms))
     if plan.scheme == "threshold":
-        return top_with_tail(p, plan.cap, floor=plan.tau)
-    return top_with_tail(p, plan.k, floor=0.0)
+        return Kept.exact(top_with_tail(p, plan.cap, floor=plan.tau))
+    return Kept.exact(top_with_tail(p, plan.k, floor=0.0))
 
 
-def pps(p: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
+def pps(p: Tensor, tau: float, offsets: Tensor) -> Kept:
     """Exact head p >= tau and n = ceil(R / tau) systematic draws of weight R / n from the rest, of mass R.
 
     p float32 [N, V], offsets float64 [N] in [0, 1). E[weight] = p for every token; the weights of a row
     sum to 1. Draws run in token-id order (no sort needed; as good as the best order tried, facts/cache.md).
+    A token drawn twice weighs at least tau and counts as head: the draws of a row all weigh the same.
     """
     p = _blocks(p)
     sums = p.sum(2)
@@ -177,7 +160,10 @@ def pps(p: Tensor, tau: float, offsets: Tensor) -> SparseTargets:
     points = (offsets[:, None] + step) / draws.clamp_min(1)[:, None]  # in units of the rest's mass
     ids, counts = _merge(_draw(p, outer, points.clamp_max(1.0), live))
     share = (mass / draws.clamp_min(1))[:, None]
-    return _build(torch.cat([head_ids, ids], dim=1), torch.cat([head_weights, counts * share], dim=1))
+    is_head = torch.cat([head_ids >= 0, counts > 1], dim=1)
+    weights = torch.cat([head_weights, counts * share], dim=1)
+    targets, is_head, total = _build(torch.cat([head_ids, ids], dim=1), weights, is_head)
+    return Kept(targets, is_head, (counts == 1).sum(1) * share[:, 0] / total)
 
 
 def random_draws(p: Tensor, uniforms: Tensor) -> SparseTargets:
@@ -187,7 +173,7 @@ def random_draws(p: Tensor, uniforms: Tensor) -> SparseTargets:
     ids, counts = _merge(
         _draw(p, p.sum(2).double().cumsum(1), points, torch.ones_like(points, dtype=torch.bool))
     )
-    return _build(ids, counts.double())
+    return _build(ids, counts.double(), ids >= 0)[0]
 
 
 def _blocks(p: Tensor) -> Tensor:
@@ -259,7 +245,7 @@ def top_with_tail(p: Tensor, k: int, *, floor: float) -> SparseTargets:
     others = p.index_put((rows, ids[rows, slots]), torch.zeros((), device=p.device))
     tail = others.sum(1, dtype=torch.float64).log()
     ids = torch.where(kept, ids, PADDING_ID)
-    return _build(ids, torch.where(kept, values, 0.0).double(), tail=tail)
+    return _build(ids, torch.where(kept, values, 0.0).double(), kept, tail=tail)[0]
 
 
 def _merge(picked: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,24 +261,39 @@ def _merge(picked: Tensor) -> tuple[Tensor, Tensor]:
     return ids, counts
 
 
-def _build(ids: Tensor, weights: Tensor, tail: Tensor | None = None) -> SparseTargets:
-    """Sort by id, trim the padding, and normalise: float32 log-softmax sums to 1 only within 2e-5."""
+def _build(
+    ids: Tensor, weights: Tensor, head: Tensor, tail: Tensor | None = None
+) -> tuple[SparseTargets, Tensor, Tensor]:
+    """Sort by id, trim the padding, and normalise: float32 log-softmax sums to 1 only within 2e-5.
+
+    Returns the targets, `head` in their order, and what the rows summed to, float64 [N].
+    """
     order = torch.where(ids >= 0, ids, torch.iinfo(torch.int64).max).argsort(1)
-    ids, weights = ids.gather(1, order), weights.gather(1, order)
+    ids, weights, head = ids.gather(1, order), weights.gather(1, order), head.gather(1, order)
     width = int((ids >= 0).sum(1).max()) if len(ids) else 0
     ids, weights = ids[:, :width], torch.where(ids >= 0, weights, 0.0)[:, :width]
     tail = torch.full((len(ids),), float("-inf"), device=ids.device).double() if tail is None else tail
-    log_total = (weights.sum(1) + tail.exp()).log()
-    return SparseTargets(
-        ids=ids.int(), logprobs=(weights.log() - log_total[:, None]).float(), tail=(tail - log_total).float()
+    total = weights.sum(1) + tail.exp()
+    targets = SparseTargets(
+        ids=ids.int(),
+        logprobs=(weights.log() - total.log()[:, None]).float(),
+        tail=(tail - total.log()).float(),
     )
+    return targets, head[:, :width], total
 
 
-def _spread(chosen: SparseTargets, live: Tensor, positions: int) -> SparseTargets:
+def _spread(chosen: Kept, live: Tensor, positions: int) -> Kept:
     """Rows of `chosen` at positions `live` of `positions`; the others say nothing."""
-    device, width = chosen.ids.device, chosen.ids.shape[1]
-    ids = torch.full((positions, width), PADDING_ID, dtype=torch.int32, device=device)
-    logprobs = torch.full((positions, width), float("-inf"), device=device)
-    tail = torch.full((positions,), float("-inf"), device=device)
-    ids[live], logprobs[live], tail[live] = chosen.ids, chosen.logprobs, chosen.tail
-    return SparseTargets(ids=ids, logprobs=logprobs, tail=tail)
+    targets = chosen.targets
+    device, width = targets.ids.device, targets.ids.shape[1]
+    nothing = Kept.exact(
+        SparseTargets(
+            ids=torch.full((positions, width), PADDING_ID, dtype=torch.int32, device=device),
+            logprobs=torch.full((positions, width), float("-inf"), device=device),
+            tail=torch.full((positions,), float("-inf"), device=device),
+        )
+    )
+    out = nothing.targets
+    out.ids[live], out.logprobs[live], out.tail[live] = targets.ids, targets.logprobs, targets.tail
+    nothing.head[live], nothing.mass[live] = chosen.head, chosen.mass
+    return nothing

@@ -182,4 +182,4 @@ def check_placed(model: Any, device: torch.device) -> None:
 
 def to_cpu(selected: Selected) -> Selected:
     """The same selection in the host's memory."""
-    return Selected(selected.label_logprobs.cpu(), tuple(targets.to("cpu") for targets in selected.targets))
+    return selected.to("cpu")

@@ -332,13 +332,13 @@ def test_a_writer_with_other_settings(
     judge.complete(folder)
 
 
-@pytest.mark.parametrize("version", [1, 3, "2", None])
+@pytest.mark.parametrize("version", [1, 4, "2", None, True])
 def test_another_schema_version(judge: Judge, folder: LocalFolder, version: Any) -> None:
     path = folder.path / "cache.json"
     path.write_bytes(resealed({**json.loads(path.read_bytes()), "schema_version": version}))
     before = untouched(folder)
     (line,) = judge.damaged(folder)
-    assert "this program reads 2; use the ddk-pipe that wrote it" in line
+    assert "this program reads 2 and 3; use the ddk-pipe that wrote it" in line
     for attempt in (lambda: CacheWriter(folder, small_spec()), lambda: verify(folder, repair=True)):
         with pytest.raises(DdkError, match="schema version"):
             attempt()

@@ -83,7 +83,7 @@ def test_alignment_with_prefixes_fed_one_by_one(
     truth = prefix_logprobs(model, window.tokens.tolist()[:48])
     selected = from_hf["threshold"][0].rows(slice(0, 48))
     assert_aligned(selected, truth, window.labels.tolist()[:48], tau=TAU, tolerance=TOLERANCE)
-    shifted = Selected(selected.label_logprobs.roll(1), (selected.targets[0].rows(torch.arange(48).roll(1)),))
+    shifted = Selected(selected.label_logprobs.roll(1), (selected.kept[0].rows(torch.arange(48).roll(1)),))
     with pytest.raises(AssertionError):
         assert_aligned(shifted, truth, window.labels.tolist()[:48], tau=TAU, tolerance=TOLERANCE)
 

@@ -76,6 +76,8 @@ def test_the_v2_hook_on_vllms_own_classes(need_vllm: None) -> None:
     truth = select_logits(hidden @ head, torch.from_numpy(LABELS), PLAN, uniforms)
     assert torch.allclose(done.label_logprobs, truth.label_logprobs, atol=1e-5, equal_nan=True)
     assert all(a.ids.equal(b.ids) for a, b in zip(done.targets, truth.targets, strict=True))
+    assert all(a.head.equal(b.head) for a, b in zip(done.kept, truth.kept, strict=True))
+    assert all(torch.allclose(a.mass, b.mass, atol=1e-6) for a, b in zip(done.kept, truth.kept, strict=True))
     worker.remove_request("7-0123abcd")
     extension.ddk_uninstall()
     assert "compute_prompt_logprobs" not in worker.__dict__

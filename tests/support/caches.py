@@ -65,15 +65,16 @@ def numbers(shard: Shard) -> range:
 
 
 def window(
-    shard: Shard, number: int, spec: CacheSpec
+    shard: Shard, number: int, spec: CacheSpec, *, surer: float = 0.0
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], Selected]:
-    """Tokens, loss mask and selection of a window: a pure function of its name."""
+    """Tokens, loss mask and selection of a window: a pure function of its name. `surer` is added to the logits of labels."""
     seed = int(durable.digest(shard.key(number).encode())[:8], 16)
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, spec.vocab_size, spec.seq_len)
     mask = (rng.random(spec.seq_len) < 0.8).astype(np.uint8)
     logits = torch.randn(spec.seq_len, spec.vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
     labels = torch.from_numpy(labels_of(tokens, mask, no_label=NO_LABEL))
+    logits[torch.arange(spec.seq_len), labels.clamp_min(0)] += surer
     uniforms = torch.from_numpy(spec.plan.uniforms(shard.key(number), spec.seq_len))
     return tokens, mask, select_logits(logits, labels, spec.plan, uniforms)
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import read_config, text_config
-from ddk_pipe.pipeline.targets import PADDING_ID, Plan, Selected, SparseTargets
+from ddk_pipe.pipeline.targets import PADDING_ID, Kept, Plan, Selected, SparseTargets
 from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
@@ -173,14 +173,10 @@ def _from_flat(flat: Any, window: Window, k: int, floor: float) -> Selected:
     mass = weights.double().exp().sum(1)
     # 1 - sum is all that this interface leaves: near 1 the float32 log-probabilities limit the tail to about 1e-6
     tail = torch.where(mass > 0, torch.log1p(-mass.clamp_max(1 - 1e-7)), float("-inf"))
-    return Selected(
-        label,
-        (
-            SparseTargets(
-                ids=out_ids.gather(1, order).int(), logprobs=weights.gather(1, order), tail=tail.float()
-            ),
-        ),
+    targets = SparseTargets(
+        ids=out_ids.gather(1, order).int(), logprobs=weights.gather(1, order), tail=tail.float()
     )
+    return Selected(label, (Kept.exact(targets),))
 
 
 def import_vllm() -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets import Plan, Selected, SparseTargets, head_rows, join, select_logits
+from ddk_pipe.pipeline.targets import Kept, Plan, Selected, SparseTargets, head_rows, join, select_logits
 
 Packed = list[tuple[list[int], str, bytes]]  # shape, dtype and content: crosses processes without pickle
 LogitsOf = Callable[[Tensor], Tensor | None]
@@ -50,8 +50,8 @@ def arguments_of(owner: Any) -> list[str] | None:
 def pack(selected: Selected) -> Packed:
     """A selection as plain arrays."""
     tensors = [selected.label_logprobs]
-    for targets in selected.targets:
-        tensors += [targets.ids, targets.logprobs, targets.tail]
+    for kept in selected.kept:
+        tensors += [kept.targets.ids, kept.targets.logprobs, kept.targets.tail, kept.head, kept.mass]
     arrays = [tensor.cpu().contiguous().numpy() for tensor in tensors]
     return [(list(array.shape), str(array.dtype), array.tobytes()) for array in arrays]
 
@@ -62,11 +62,11 @@ def unpack(packed: Packed) -> Selected:
         torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())
         for shape, dtype, content in packed
     )
-    targets = [
-        SparseTargets(ids=ids, logprobs=logprobs, tail=tail)
-        for ids, logprobs, tail in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+    kept = [
+        Kept(SparseTargets(ids=ids, logprobs=logprobs, tail=tail), head, mass)
+        for ids, logprobs, tail, head, mass in zip(*(rest[part::5] for part in range(5)), strict=True)
     ]
-    return Selected(label, tuple(targets))
+    return Selected(label, tuple(kept))
 
 
 class Collector:

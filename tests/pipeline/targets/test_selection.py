@@ -40,7 +40,7 @@ def test_weights_are_unbiased_over_1000_seeds(name: str, scheme: str) -> None:
     rows = p.float()[None].expand(1000, -1).contiguous()
     generator = torch.Generator().manual_seed(1)
     if scheme == "pps":
-        targets = pps(rows, 0.02, torch.rand(1000, generator=generator, dtype=torch.float64))
+        targets = pps(rows, 0.02, torch.rand(1000, generator=generator, dtype=torch.float64)).targets
     else:
         targets = random_draws(rows, torch.rand(1000, 20, generator=generator, dtype=torch.float64))
     weights = dense(targets, len(p))
@@ -57,7 +57,7 @@ def test_weights_are_unbiased_over_1000_seeds(name: str, scheme: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_pps_keeps_the_head_exactly_and_sums_to_one(logits: list[float], tau: float, offset: float) -> None:
     p = torch.softmax(torch.tensor([logits]), 1)[0]
-    targets = pps(p[None], tau, torch.tensor([offset], dtype=torch.float64))
+    targets = pps(p[None], tau, torch.tensor([offset], dtype=torch.float64)).targets
     targets.validate(len(logits))
     weights = dense(targets, len(logits))[0]
     head = p >= tau
@@ -75,7 +75,7 @@ def test_pps_draws_hit_each_token_its_expected_number_of_times_within_one() -> N
     p = torch.tensor([*([0.019] * 50), 0.05])
     p = p / p.sum()
     for offset in np.linspace(0, 0.999, 23):
-        targets = pps(p[None], 0.02, torch.tensor([offset]).double())
+        targets = pps(p[None], 0.02, torch.tensor([offset]).double()).targets
         rest = float(p[:50].double().sum())
         draws = math.ceil(rest / 0.02)
         counts = dense(targets, 51)[0, :50] / (rest / draws)
@@ -122,7 +122,7 @@ def test_large_vocabulary_keeps_its_tail() -> None:
     vocab = 262_144
     p = torch.full((1, vocab), 1 / vocab)
     ids = torch.cat(
-        [pps(p, 0.02, torch.tensor([o], dtype=torch.float64)).ids for o in np.linspace(0, 0.99, 20)]
+        [pps(p, 0.02, torch.tensor([o], dtype=torch.float64)).targets.ids for o in np.linspace(0, 0.99, 20)]
     )
     assert 0.48 < float(ids.double().mean()) / vocab < 0.52
     assert int(ids.max()) > 0.98 * vocab and int(ids.min()) < 0.02 * vocab

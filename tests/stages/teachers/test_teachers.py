@@ -54,11 +54,11 @@ def test_a_shifted_selection_fails_that_test(tiny_teacher: Path, truth: torch.Te
     window = make_window(0)
     (selected,) = teacher(tiny_teacher).select([window], PLAN)
     rows = torch.arange(len(window.labels)).roll(shift)
-    targets = selected.targets[0].rows(rows)
-    shifted = Selected(selected.label_logprobs[rows], (targets,))
+    kept = selected.kept[0].rows(rows)
+    shifted = Selected(selected.label_logprobs[rows], (kept,))
     with pytest.raises(AssertionError):
         assert_aligned(shifted, truth, window.labels.tolist(), tau=PLAN.tau, tolerance=STEP)
-    only_targets = Selected(selected.label_logprobs, (targets,))
+    only_targets = Selected(selected.label_logprobs, (kept,))
     with pytest.raises(AssertionError):
         assert_aligned(only_targets, truth, window.labels.tolist(), tau=PLAN.tau, tolerance=STEP)
 

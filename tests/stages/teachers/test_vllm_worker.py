@@ -39,8 +39,9 @@ def whole(key: str = "k") -> Selected:
 def assert_same(one: Selected, other: Selected) -> None:
     assert torch.equal(one.label_logprobs.isnan(), other.label_logprobs.isnan())
     assert torch.allclose(one.label_logprobs, other.label_logprobs, atol=1e-5, equal_nan=True)
-    for a, b in zip(one.targets, other.targets, strict=True):
-        assert a.ids.equal(b.ids)
+    for a, b in zip(one.kept, other.kept, strict=True):
+        assert a.targets.ids.equal(b.targets.ids)
+        assert a.head.equal(b.head) and torch.allclose(a.mass, b.mass, atol=1e-6)
 
 
 def collector() -> Collector:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from caches import make_plan
 
-from ddk_pipe.pipeline.targets import Codec, Context, Plan, Ranks, SparseTargets, encode_log, select
+from ddk_pipe.pipeline.targets import Codec, Context, Kept, Plan, Ranks, SparseTargets, label_codes, select
 from ddk_pipe.stages.cache_teacher.estimates.noise import added_noise
 
 ROWS, VOCAB = 6000, 300
@@ -20,18 +20,22 @@ def dense(spread: float) -> torch.Tensor:
     return torch.log_softmax(logits, dim=1)
 
 
-def drawn(log_p: torch.Tensor, plan: Plan, seed: int) -> SparseTargets:
+def kept(log_p: torch.Tensor, plan: Plan, seed: int) -> Kept:
     uniforms = np.random.default_rng(seed).random((len(log_p), plan.uniforms_per_position))
     return select(log_p.exp(), plan, torch.from_numpy(uniforms))
+
+
+def drawn(log_p: torch.Tensor, plan: Plan, seed: int) -> SparseTargets:
+    return kept(log_p, plan, seed).targets
 
 
 def coded(log_p: torch.Tensor, plan: Plan, seed: int) -> SparseTargets:
     """As a student reads them: the rounding of the codec included."""
     codec = Codec(plan, Ranks.fit(np.arange(VOCAB)))
     labels = log_p.argmax(1)
-    codes = encode_log(log_p.gather(1, labels[:, None])[:, 0].numpy())
+    codes = label_codes(log_p.gather(1, labels[:, None])[:, 0].numpy(), plan.seed, f"window {seed}")
     context = Context(labels.numpy(), codes, f"window {seed}")
-    return codec.decode(codec.encode(drawn(log_p, plan, seed), context), context)
+    return codec.decode(codec.encode(kept(log_p, plan, seed), context), context)
 
 
 def plans(tau: float) -> tuple[Plan, Plan, Plan]:

@@ -3,9 +3,9 @@
     PYTHONPATH=benchmarks python benchmarks/cache_bias.py [--json OUT]
 
 `pps` at T = 1. A row is one mass R, one shape of the head and one place of the label: the mean of what the decoded rest
-weighs over what it weighs in truth, and the standard error of that. The file keeps as part `before` what the code before
-label codes were rounded at random gave, and as `bytes` what the demo's cache took before and after. The last rows are of a small tau, where the label's
-step of 1/2048 is coarser than the other weights: there the ratio is of the entries just above tau.
+weighs over what it weighs in truth, and the standard error of that. The last rows are of a small tau, where the label's
+step of 1/2048 is coarser than the other weights: there the ratio is of the entries just above tau. The file of results
+keeps as part `before` what label codes rounded to the nearest gave, and as `bytes` what the demo's cache took with both.
 """
 
 from __future__ import annotations

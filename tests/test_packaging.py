@@ -25,7 +25,7 @@ def listed() -> set[str]:
 def test_every_file_of_the_package_is_installed(tmp_path: Path) -> None:
     """A new folder or kind of file may need a line under tool.setuptools in pyproject.toml."""
     built = tmp_path / "built"
-    build = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", built]
+    build = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(built)]
     code = "import setuptools; setuptools.setup()"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "-q", *build],

@@ -51,8 +51,7 @@ def tile_kernel(
     kernel: str, target: str, dtype: str, launch: fused.Launch, temperature_1: bool, **rest: Any
 ) -> Variant:
     """A form of tail_lse or chunk_gradient; `rest` are other fields of the variant."""
-    backend = TARGETS[target].gpu.backend
-    constants = fused.tile_constants(launch, backend, temperature_1)
+    constants = fused.tile_constants(launch, TARGETS[target].launches, temperature_1)
     if kernel == "chunk_gradient":
         constants["GROUP"] = fused.GROUP
     return Variant(kernel, target, dtype, constants, launch.warps, launch.stages, **rest)
@@ -76,7 +75,7 @@ def tiles_of(which: slice, dtypes: Iterable[str], **rest: Any) -> list[Variant]:
         for kernel in ("tail_lse", "chunk_gradient")
         for target in TARGETS
         for dtype in dtypes
-        for launch in fused.LAUNCHES[TARGETS[target].gpu.backend, DTYPES[dtype].itemsize][which]
+        for launch in fused.LAUNCHES[TARGETS[target].launches, DTYPES[dtype].itemsize][which]
     ]
 
 

@@ -22,26 +22,36 @@ class Put(NamedTuple):
     warps: int
 
 
-# By triton's name of the backend and the bytes of an operand: the default, then what `tuning` may choose
-# instead. None of them spills on any target of `compile_gate`: on gfx942 tiles of 128 x 128 would, and so
-# would float32 on sm_80 at a depth of 32. Which is fastest, nobody can say before they run on a GPU.
+# By the first GPU that they are for and the bytes of an operand: the default, then what `tuning` may choose
+# instead. None of them spills on any target of `compile_gate` under any triton that it has a table of. Left out for
+# that: tiles of 128 x 128 on gfx942, float32 at a depth of 32 on sm_80; and there, under triton 3.7 alone and by a
+# dozen registers, 128 x 128 x 64 and in float32 128 x 32 x 16. Which is fastest, nobody can say before they run on
+# a GPU.
 LAUNCHES: dict[tuple[str, int], tuple[Launch, ...]] = {
-    ("cuda", 2): (
+    ("sm_80", 2): (
+        Launch(128, 128, 32, warps=8, stages=3),
+        Launch(128, 64, 64, warps=8, stages=4),
+    ),
+    ("sm_80", 4): (
+        Launch(128, 64, 16, warps=8, stages=3),
+        Launch(64, 64, 16, warps=4, stages=3),
+    ),
+    ("sm_90", 2): (
         Launch(128, 128, 64, warps=8, stages=3),
         Launch(128, 64, 64, warps=8, stages=4),
         Launch(128, 128, 32, warps=8, stages=3),
     ),
-    ("cuda", 4): (
+    ("sm_90", 4): (
         Launch(128, 64, 16, warps=8, stages=3),
         Launch(128, 32, 16, warps=8, stages=3),
         Launch(64, 64, 16, warps=4, stages=3),
     ),
-    ("hip", 2): (
+    ("gfx942", 2): (
         Launch(128, 64, 64, warps=8, stages=2),
         Launch(64, 128, 64, warps=8, stages=2),
         Launch(64, 64, 64, warps=4, stages=2),
     ),
-    ("hip", 4): (
+    ("gfx942", 4): (
         Launch(128, 64, 32, warps=8, stages=2),
         Launch(64, 64, 32, warps=4, stages=2),
         Launch(128, 64, 16, warps=8, stages=2),
@@ -49,17 +59,17 @@ LAUNCHES: dict[tuple[str, int], tuple[Launch, ...]] = {
 }
 PUTS: tuple[Put, ...] = (Put(block=128, warps=4), Put(block=64, warps=2))
 # float32 operands: the matrix units of NVIDIA take tf32, and three such products make up for the lost digits.
-PRECISIONS: dict[str, str] = {"cuda": "tf32x3", "hip": "ieee"}
+PRECISIONS: dict[str, str] = {"sm_80": "tf32x3", "sm_90": "tf32x3", "gfx942": "ieee"}
 GROUP = 8  # `chunk_gradient`: so many blocks of rows share a block of the weight while it is in the cache
 ALIGNED = 16  # d and all strides are multiples of it; without, loads are narrow and most launches spill
 
 
-def tile_constants(launch: Launch, backend: str, temperature_1: bool) -> dict[str, Any]:
+def tile_constants(launch: Launch, gpu: str, temperature_1: bool) -> dict[str, Any]:
     """The constants that `tail_lse` and `chunk_gradient` share."""
     return {
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,
         "T_IS_1": temperature_1,
-        "PRECISION": PRECISIONS[backend],
+        "PRECISION": PRECISIONS[gpu],
     }

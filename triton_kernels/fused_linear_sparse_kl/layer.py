@@ -23,21 +23,25 @@ class Layer(NamedTuple):
     inv_t: float
     chunk: int
 
-    @property
-    def backend(self) -> str:
-        return "hip" if torch.version.hip else "cuda"
-
     def run(self, name: str, launch: Callable[[Launch, dict[str, Any]], None]) -> None:
         """Launches a matrix kernel of that name: `launch` is given the tile and all constants, `num_warps` too."""
-        constants = partial(tile_constants, backend=self.backend, temperature_1=self.inv_t == 1)
+        gpu = gpu_of(self.hidden.device)
+        constants = partial(tile_constants, gpu=gpu, temperature_1=self.inv_t == 1)
 
         def run(one: Launch) -> None:
             launch(one, {**constants(one), "num_warps": one.warps, "num_stages": one.stages})
 
         sizes = tuning.size_class(*self.hidden.shape, len(self.weight))
         key = (name, self.hidden.dtype, self.inv_t == 1, *sizes)
-        launches = LAUNCHES[self.backend, self.hidden.element_size()]
+        launches = LAUNCHES[gpu, self.hidden.element_size()]
         run(tuning.pick(launches, key, lambda: run, self.hidden.device))
+
+
+def gpu_of(device: torch.device) -> str:
+    """Whose `LAUNCHES` a device takes; in the interpreter those of sm_90."""
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_80" if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0) else "sm_90"
 
 
 def operand(x: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from ddk_pipe.pipeline.text.encoding import (
     tokenizer_digest,
     tokenizer_size,
 )
-from ddk_pipe.pipeline.text.sources import Document, documents, find_files
+from ddk_pipe.pipeline.text.sources import (
+    Document,
+    dataset_commit,
+    documents,
+    find_files,
+    kind_by_name,
+    resolve_sources,
+)
 from ddk_pipe.pipeline.text.windows import (
     SPLITS,
     TOKENS_VERSION,
@@ -40,12 +47,15 @@ __all__ = [
     "SplitFacts",
     "SplitWriter",
     "chat_rules",
+    "dataset_commit",
     "documents",
     "encode",
     "find_files",
+    "kind_by_name",
     "labels_of",
     "open_split",
     "project_tokenizer",
+    "resolve_sources",
     "text_rules",
     "tokenizer_digest",
     "tokenizer_size",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
+from ddk_pipe.pipeline.manifest import Domain, Project
 from ddk_pipe.pipeline.text import (
     SPLITS,
     TOKENS_VERSION,
@@ -23,6 +22,7 @@ from ddk_pipe.pipeline.text import (
     tokenizer_digest,
 )
 from ddk_pipe.stages.common import say
+from ddk_pipe.stages.prepare.fingerprints import content_of, source_fingerprints
 from ddk_pipe.stages.prepare.packing import CHAT_RULES, pack_domain
 
 CHANGES = {
@@ -71,7 +71,7 @@ def _domain(
         "fields": [domain.text_field, domain.messages_field, domain.tools_field],
         "shard_tokens": project.manifest.cache.shard_windows * project.manifest.seq_len,
         "sources": {
-            split: _fingerprints(project, sources, known, field=f"domains.{name}.{split}")
+            split: source_fingerprints(project, sources, known, field=f"domains.{name}.{split}")
             for split, sources in ((TRAIN, domain.train), (VALIDATION, domain.validation or []))
         },
     }
@@ -98,47 +98,5 @@ def _known(folder: Path) -> dict[str, Any]:
 
 def _changed(known: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """What differs between two records, in words."""
-    one, other = (_content(item) if item else {} for item in (known, record))
+    one, other = (content_of(item) if item else {} for item in (known, record))
     return [CHANGES.get(name, name) for name in record if one.get(name) != other[name]]
-
-
-def _content(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what may differ between equal files: where they lie and when they were touched."""
-    sources = {
-        split: [item.get("sha256") or item for item in items] for split, items in record["sources"].items()
-    }
-    return {**record, "sources": sources}
-
-
-def _fingerprints(
-    project: Project, sources: list[Source], known: dict[str, Any], *, field: str
-) -> list[dict[str, Any]]:
-    """What identifies each source; a file is hashed only if its size or time changed since `known`."""
-    before = {
-        item.get("path"): item
-        for items in known.get("sources", {}).values()
-        for item in items
-        if "path" in item
-    }
-    out: list[dict[str, Any]] = []
-    for source in sources:
-        if isinstance(source, DatasetSource):
-            out.append({"dataset": source.model_dump()})
-            continue
-        for path in find_files(project, [source], field=field):
-            facts = path.stat()
-            seen = before.get(str(path), {})
-            unchanged = (seen.get("bytes"), seen.get("mtime_ns")) == (facts.st_size, facts.st_mtime_ns)
-            sha256 = seen["sha256"] if unchanged else _sha256(path)
-            out.append(
-                {"path": str(path), "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns, "sha256": sha256}
-            )
-    return out
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except PermissionError:
-        raise DdkError(f"{path}: no permission to read it", hint="change its mode or owner") from None

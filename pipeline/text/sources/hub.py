@@ -59,7 +59,7 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi, constants
 
     try:
-        sha = HfApi().dataset_info(name, revision=revision).sha
+        sha = HfApi().dataset_info(name, revision=revision, timeout=10).sha
         return str(sha) if sha else None
     except Exception:  # noqa: BLE001 - no network, no such dataset, no permission: its reader says which
         folder = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs")

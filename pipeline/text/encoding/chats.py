@@ -98,7 +98,7 @@ def _protected(
     """The chat with its mentions of control tokens written so that the rendering is the same but for them."""
     first = free_characters([plain, *texts], 1 + len(controls.ids))
     for by_mark in (False, True) if first is not None else ():
-        mentions = Mentions(controls, texts, first or 0, by_mark=by_mark)
+        mentions = Mentions(controls, first or 0, by_mark=by_mark)
         chat = _Chat(mentions.protect(messages), mentions.protect(document.tools), mentions.settle)
         whole = chat.show(template, chat.messages)
         if whole is not None and mentions.restore(whole) == plain:

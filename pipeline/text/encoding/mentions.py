@@ -58,14 +58,13 @@ class Mentions:
     The second way is for templates that look for a control token in the contents (`content.split('</think>')`).
     """
 
-    def __init__(self, controls: Controls, texts: list[str], first: int, *, by_mark: bool) -> None:
-        found = sorted({match for text in texts for match in controls.pattern.findall(text)})
+    def __init__(self, controls: Controls, first: int, *, by_mark: bool) -> None:
         self.controls, self.by_mark = controls, by_mark
         self._mark = chr(first)
-        self._characters = {control: chr(first + 1 + place) for place, control in enumerate(found)}
+        self._characters = {control: chr(first + 1 + place) for place, control in enumerate(controls.ids)}
         self._letters = {character: control for control, character in self._characters.items()}
         self._marked = re.compile(f"({controls.pattern.pattern}){self._mark}")
-        self._own = re.compile("|".join([controls.pattern.pattern, *self._letters]))
+        self._own = re.compile(f"{controls.pattern.pattern}|[{''.join(self._letters)}]")
 
     def protect(self, value: Any) -> Any:
         """The JSON value with its mentions written for the template."""

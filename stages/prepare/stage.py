@@ -29,7 +29,7 @@ CHANGES = {
     "version": "the version of prepared tokens",
     "tokenizer_digest": "the tokenizer's ids",
     "text_rules": "how the tokenizer turns text into ids",
-    CHAT_RULES: "the chat template",
+    CHAT_RULES: "the chat template or its day",
     "prepare": "settings in prepare",
     "fields": "names of fields",
     "shard_tokens": "the size of a shard",

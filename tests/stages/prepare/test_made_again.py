@@ -12,7 +12,7 @@ from tiny import make_tokenizer, write_jsonl, write_project
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.text import tokenizer_digest
-from ddk_pipe.stages.distill.checks import shared_tokenizer
+from ddk_pipe.stages.distill.students import shared_tokenizer
 from ddk_pipe.stages.prepare import prepare
 
 CHATS = [

@@ -18,7 +18,7 @@ CALL = {
     "type": "function",
     "function": {"name": "tide", "arguments": {"at": "noon", "h": 3}},
 }
-CALLED = [
+CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "tide?"},
     {"role": "assistant", "tool_calls": [CALL]},
     {"role": "tool", "content": "low"},
@@ -204,7 +204,10 @@ def test_tools_reach_the_template_or_are_refused() -> None:
 def test_content_that_is_absent_is_empty_for_templates_that_want_a_string() -> None:
     wants = FAMILY["chatml"].replace("m.content", "m.content + ''")
     encoder = Encoder(chat_tokenizer(wants), name="t")
-    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "tool_calls": [CALL]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "tool_calls": [CALL]},
+    ]
     assert labelled(encoder, messages) == ["<|im_end|>"]
     assert "None" not in encoder.tokenizer.decode(encoder.encode([Document("f:1", messages=messages)])[0].ids)
 

@@ -14,7 +14,7 @@ from tiny import write_jsonl
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.text import Document, documents
-from ddk_pipe.pipeline.text.chat_records import read_chat
+from ddk_pipe.pipeline.text.sources.chats import read_chat
 
 CALL = {"type": "function", "function": {"name": "tide", "arguments": {"at": "noon"}}}
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"at": {"type": "string"}}}}
@@ -51,7 +51,7 @@ def test_parquet_gives_the_chats_of_json_lines(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     lines, rows = read_all(tmp_path, "a.jsonl"), read_all(tmp_path, "a.parquet")
     assert [(d.messages, d.tools) for d in lines] == [(d.messages, d.tools) for d in rows]
-    assert [d.fingerprint() for d in lines] == [d.fingerprint() for d in rows]
+    assert [d.digest for d in lines] == [d.digest for d in rows]
     assert lines[1].tools == [TOOL] and lines[1].messages == RECORDS[1]["messages"]
 
 

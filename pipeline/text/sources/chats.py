@@ -43,10 +43,10 @@ def _messages(messages: Any, where: str, field: str, *, structs: bool) -> list[d
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    if not any(message.get(name) not in (None, []) for name in SAYS):
-        raise DdkError(f"{where} has no content", hint="mend or drop the chat")
-    if not message.get("tool_calls", True):
+    if not message.get("tool_calls", True):  # an empty list: no calls
         message = {name: value for name, value in message.items() if name != "tool_calls"}
+    if not any(name in message for name in SAYS):
+        raise DdkError(f"{where} has no content", hint="mend or drop the chat")
     if "content" in message:
         return {**message, "content": _text(message["content"], where)}
     return message

@@ -48,7 +48,8 @@ def read_all(folder: Path, name: str, **more: Any) -> list[Document]:
 
 def test_parquet_gives_the_chats_of_json_lines(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    columns = {name: [record.get(name) for record in RECORDS] for name in ("messages", "tools")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     lines, rows = read_all(tmp_path, "a.jsonl"), read_all(tmp_path, "a.parquet")
     assert [(d.messages, d.tools) for d in lines] == [(d.messages, d.tools) for d in rows]
     assert [d.digest for d in lines] == [d.digest for d in rows]

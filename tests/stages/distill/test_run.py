@@ -55,7 +55,12 @@ def test_weights_of_the_record_are_the_papers_equations(cached: Path) -> None:
 
 
 def test_learnability_sees_the_losses_of_the_update_before(cached: Path) -> None:
-    _, folder = run(cached, "distill.mixing=learnability", "distill.initial=natural")
+    _, folder = run(
+        cached,
+        "distill.mixing=learnability",
+        "distill.initial=natural",
+        "distill.optimizer.learning_rate=1e-2",
+    )
     before = weights = None
     for _, rows in by_step(folder):
         student = np.array([row["student_ce"] for row in rows])

@@ -12,9 +12,9 @@ import pytest
 from tiny import write_jsonl
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.manifest import Domain, load_project
 from ddk_pipe.pipeline.text import Document, documents
-from ddk_pipe.pipeline.text.sources.chats import read_chat
+from ddk_pipe.pipeline.text.sources.records import read_record
 
 CALL = {"type": "function", "function": {"name": "tide", "arguments": {"at": "noon"}}}
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"at": {"type": "string"}}}}
@@ -34,7 +34,10 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def read(messages: Any, tools: Any = None, *, structs: bool = False) -> Any:
-    return read_chat(messages, tools, "f:1", field="messages", structs=structs)
+    """Messages and tools of the one record of a file."""
+    record = {"messages": messages, "tools": tools}
+    document = read_record(record, Domain(train=["f"]), "f:1", structs=structs)
+    return document.messages, document.tools
 
 
 def read_all(folder: Path, name: str, **more: Any) -> list[Document]:
@@ -124,10 +127,10 @@ def deep() -> Any:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "no text (image_url)"),
         ([{"role": "user", "content": [{"type": "text"}]}], "no text (text)"),
         ([{"role": "user", "content": [None]}], "no text (NoneType)"),
-        ([{"role": "user", "content": "a", "at": datetime.datetime(2024, 1, 1)}], "holds a datetime"),
-        ([{"role": "user", "content": "a", "x": [{"y": decimal.Decimal(1)}]}], "holds a Decimal"),
-        ([{"role": "user", "content": "a", "x": b"y"}], "holds a bytes"),
-        ([{"role": "user", "content": "a", "x": deep()}], "nested too deeply"),
+        ([{"role": "user", "content": "a", "at": datetime.datetime(2024, 1, 1)}], "of type datetime"),
+        ([{"role": "user", "content": "a", "x": [{"y": decimal.Decimal(1)}]}], "of type Decimal"),
+        ([{"role": "user", "content": "a", "x": b"y"}], "of type bytes"),
+        ([{"role": "user", "content": "a", "x": deep()}], "nests more than"),
     ],
 )
 def test_what_is_no_chat_is_refused_in_one_line(messages: Any, said: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -174,9 +175,16 @@ class ShardMaker:
 
 
 def portable(problem: Exception) -> Exception:
-    """The exception itself if another process can read it, else one that says the same."""
+    """The exception itself if another process can read it, else one that says the same.
+
+    Its traceback goes along as a note, unless it is a user's mistake, which needs none.
+    """
+    if isinstance(problem, DdkError):
+        return problem
+    where = "".join(traceback.format_exception(problem))
     try:
         pickle.loads(pickle.dumps(problem))
-        return problem
     except Exception:  # noqa: BLE001 - constructors that take more than their message
-        return RuntimeError(f"{type(problem).__name__}: {problem}")
+        problem = RuntimeError(f"{type(problem).__name__}: {problem}")
+    problem.add_note(f"in a worker:\n{where}")
+    return problem

@@ -171,8 +171,9 @@ class OnlineSource:
     def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
         head = self.teacher.head
         bare = sparse_batch(windows, device)
-        with torch.no_grad():
-            states = head.states(bare.tokens.to(self.teacher.model.get_input_embeddings().weight.device))
+        service = replace(self.teacher.service, batch="distill.micro_batch_windows")
+        with torch.no_grad(), service.one_line("cannot serve"):
+            states = head.states(self.teacher.to_model(bare.tokens))
         rows = states.flatten(0, 1).to(device)
         return Batch(bare.tokens, bare.labels, DenseTargets(rows, head.logits, head.vocab_size))
 

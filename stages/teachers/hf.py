@@ -20,6 +20,7 @@ from ddk_pipe.pipeline.models import check_causal, decoder_of, forward_ends_in, 
 from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
 from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
+from ddk_pipe.stages.teachers.serving import Service
 
 ROOM = 0.8  # share of a GPU's free memory that weights may take: the rest is for hidden states and logits
 
@@ -36,17 +37,20 @@ class HfTeacher:
         self.device = torch.device(pick_device(options.device))
         dtype = pick_dtype(options.dtype, self.device)
         self.spread = choose_spread(folder, options.device, self.device)
-        model = load_causal_lm(
-            folder,
-            field="teacher.model",
-            dtype=dtype,
-            trust_remote_code=options.trust_remote_code,
-            device_map=self.spread,
-        )
-        self.model = (model if self.spread else model.to(self.device)).eval()
-        check_placed(self.model, self.device)
-        check_causal(self.model, field="teacher.model")
-        self.head = Head(self.model, vocab_size)
+        name = str(dtype).removeprefix("torch.")
+        self.service = Service(f"transformers {transformers.__version__}", folder, name, other="vllm")
+        with self.service.one_line("cannot load"):
+            model = load_causal_lm(
+                folder,
+                field="teacher.model",
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                device_map=self.spread,
+            )
+            self.model = (model if self.spread else model.to(self.device)).eval()
+            check_placed(self.model, self.device)
+            check_causal(self.model, field="teacher.model")
+            self.head = Head(self.model, vocab_size)
         self.batch_windows = options.batch_windows if self.head.in_blocks else 1
 
     @property
@@ -64,16 +68,19 @@ class HfTeacher:
     def close(self) -> None:
         del self.model, self.head
 
-    @torch.inference_mode()
     def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
-        device = self.model.get_input_embeddings().weight.device
         out: list[Selected] = []
-        for start in range(0, len(windows), self.batch_windows):
-            batch = windows[start : start + self.batch_windows]
-            tokens = torch.from_numpy(np.stack([window.tokens for window in batch])).to(device)
-            hidden = self.head.states(tokens)
-            out += [self._window(hidden[row], window, plan) for row, window in enumerate(batch)]
+        with torch.inference_mode(), self.service.one_line("cannot serve"):
+            for start in range(0, len(windows), self.batch_windows):
+                batch = windows[start : start + self.batch_windows]
+                tokens = torch.from_numpy(np.stack([window.tokens for window in batch]))
+                hidden = self.head.states(self.to_model(tokens))
+                out += [self._window(hidden[row], window, plan) for row, window in enumerate(batch)]
         return out
+
+    def to_model(self, tokens: Tensor) -> Tensor:
+        """The same where the model's first layer is."""
+        return tokens.to(self.model.get_input_embeddings().weight.device)
 
     def _window(self, hidden: Tensor, window: Window, plan: Plan) -> Selected:
         labels = torch.from_numpy(window.labels)

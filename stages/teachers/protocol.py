@@ -36,7 +36,8 @@ class Teacher(Protocol):
     def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
         """The teacher's thinned predictions for all positions of each window, in order, on the CPU.
 
-        Raises DdkError naming the window if the model predicts NaN or infinity.
+        Raises DdkError naming the window if the model predicts NaN or infinity, and in one line, with a hint, for
+        whatever the engine raises.
         """
         ...
 

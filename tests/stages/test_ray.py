@@ -14,12 +14,15 @@ from typing import Any, Self
 
 import psutil
 import pytest
+from openers import Fails
 from same_bytes import groups, shard_contents
 from tiny import MakeProject, break_weights
+from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher
+from ddk_pipe.stages.cli import app
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +35,9 @@ STORE_BYTES = 100 << 20
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head node and one more, of one CPU each; RAY_ADDRESS names it."""
+    """A head node and one more, of one CPU each; RAY_ADDRESS names it. Its workers can import tests/support."""
+    support = str(Path(__file__).resolve().parents[1] / "support")
+    monkeypatch.setenv("PYTHONPATH", support, prepend=os.pathsep)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -129,6 +134,30 @@ def test_nan_on_an_actor_stops_the_run(
     with pytest.raises(DdkError, match=rf"window \S+: .* NaN or infinity \(model {broken}\)"):
         cache_teacher(project, Request(engine="ray", workers=1))
     assert not groups(tmp_path / "out" / "cache")
+
+
+def test_an_engine_that_fails_on_an_actor(
+    make_project: MakeProject,
+    tmp_path: Path,
+    cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Other shards are at the same actor then, and fail alike: nobody hears of them."""
+    path, words = make_project(), "CUDA out of memory. Tried to allocate 2 GiB"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ddk_pipe.stages.cache_teacher.stage.open_teacher", Fails(shard="code/train/1/", words=words)
+        )
+        result = CliRunner().invoke(app, ["cache-teacher", str(path), "--engine", "ray", "--workers", "1"])
+    said = [line for line in result.output.splitlines() if line.startswith("ddk-pipe:")]
+    assert result.exit_code == 2 and len(said) == 1
+    assert f" in float32 ({words}); lower teacher.batch_windows" in said[0]
+    time.sleep(2)  # for Ray to print what it thinks unheard
+    assert "Traceback" not in result.output + capfd.readouterr().err
+    cache = tmp_path / "out" / "cache"
+    assert len(groups(cache)) == len(shard_contents(cache)) < 20
+    assert cache_teacher(load_project(path), Request(engine="ray", workers=1)).shards_done
 
 
 def test_ray_not_installed(project_without_ray: Project) -> None:

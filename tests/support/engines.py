@@ -11,7 +11,10 @@ from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.targets import Plan, Selected
 from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.teachers import Window, open_teacher
+from ddk_pipe.stages.teachers.vllm import engine
 from ddk_pipe.stages.teachers.vllm.worker import Packed, pack, unpack
+
+EXTENSION = engine.EXTENSION
 
 
 def select_elsewhere(
@@ -22,10 +25,11 @@ def select_elsewhere(
     *,
     vocab_size: int | None = None,
     environment: dict[str, str] | None = None,
+    extension: str = EXTENSION,
 ) -> list[list[Selected]]:
-    """What a teacher in a new process selects, for each plan."""
+    """What a teacher in a new process selects, for each plan. `extension`: of vLLM's worker, in place of ours."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        job = pool.submit(_select, folder, options, windows, plans, vocab_size, environment or {})
+        job = pool.submit(_select, folder, options, windows, plans, vocab_size, environment or {}, extension)
         return [[unpack(packed) for packed in column] for column in job.result()]
 
 
@@ -36,8 +40,10 @@ def _select(
     plans: list[Plan],
     vocab_size: int | None,
     environment: dict[str, str],
+    extension: str,
 ) -> list[list[Packed]]:
     os.environ.update(environment)
+    engine.EXTENSION = extension
     prepare_cpu()
     opened = open_teacher(
         folder, options, backend=options.backend, seq_len=len(windows[0].tokens), vocab_size=vocab_size

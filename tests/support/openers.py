@@ -25,10 +25,10 @@ class Refuses:
 
 
 class Wrapped:
-    """The real teacher, with something before each of its calls."""
+    """A teacher, with something before each of its calls."""
 
-    def __init__(self, before: Callable[[list[Window]], None], *arguments: Any, **options: Any) -> None:
-        self.teacher, self.before = open_teacher(*arguments, **options), before
+    def __init__(self, before: Callable[[list[Window]], None], teacher: Teacher) -> None:
+        self.teacher, self.before = teacher, before
         self.vocab_size = self.teacher.vocab_size
 
     def describe(self) -> dict[str, Any]:
@@ -43,6 +43,26 @@ class Wrapped:
 
 
 @dataclass(frozen=True)
+class Fails:
+    """Opens the real teacher, whose model raises these words as a kernel does: from windows of `shard` on."""
+
+    shard: str  # as window keys begin
+    words: str
+
+    def __call__(self, *arguments: Any, **options: Any) -> Teacher:
+        opened: Any = open_teacher(*arguments, **options)
+
+        def before(windows: list[Window]) -> None:
+            if windows[0].key.startswith(self.shard):
+                opened.model.base_model.register_forward_pre_hook(self._kernel)
+
+        return Wrapped(before, opened)
+
+    def _kernel(self, *_: Any) -> None:
+        raise RuntimeError(f"{self.words}\nframe #0")
+
+
+@dataclass(frozen=True)
 class DiesOnce:
     """Opens the real teacher. The first process whose teacher is given windows of `shard` is killed there; its number
     is left in the file `note`."""
@@ -51,7 +71,7 @@ class DiesOnce:
     note: Path
 
     def __call__(self, *arguments: Any, **options: Any) -> Teacher:
-        return Wrapped(self._die, *arguments, **options)
+        return Wrapped(self._die, open_teacher(*arguments, **options))
 
     def _die(self, windows: list[Window]) -> None:
         if windows[0].key.startswith(self.shard) and not self.note.exists():

@@ -9,21 +9,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-INPUT_STEP = 4 / 127  # of all activations: stored with the weights, so both engines round at the same places
+INPUT_STEP = (
+    4 / 127
+)  # of all activations: stored with the weights, so engines that use it round at the same places
+LEVEL = 3  # largest weight of a row: so coarse that what 16 bits and other steps of activations change is little to it
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 
 
-def quantise(folder: Path) -> Path:
-    """The model in `folder` with every linear layer but the head in int8: a scale for each row, one for its input."""
+def quantise(folder: Path, *, dynamic: bool = False) -> Path:
+    """The model in `folder` with every linear layer but the head in int8: a scale for each row, one for its input.
+
+    `dynamic`: the input's scale is taken from each token itself in place of the stored one.
+    """
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
-        scale = weights[name].abs().amax(1, keepdim=True) / 127
+        scale = weights[name].abs().amax(1, keepdim=True) / LEVEL
         layer = name.removesuffix(".weight")
         weights[name] = (weights[name] / scale).round().to(torch.int8)
         weights[f"{layer}.weight_scale"] = scale
-        weights[f"{layer}.input_scale"] = torch.tensor([INPUT_STEP])
+        if not dynamic:
+            weights[f"{layer}.input_scale"] = torch.tensor([INPUT_STEP])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    inputs = {**INT8, "strategy": "tensor"} if not dynamic else {**INT8, "strategy": "token", "dynamic": True}
     config = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -33,7 +41,7 @@ def quantise(folder: Path) -> Path:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**INT8, "strategy": "channel"},
-                "input_activations": {**INT8, "strategy": "tensor"},
+                "input_activations": inputs,
             }
         },
     }

@@ -6,13 +6,16 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError, install_hint
@@ -20,6 +23,7 @@ from ddk_pipe.pipeline.models import read_config, text_config
 from ddk_pipe.pipeline.targets import PADDING_ID, Kept, Plan, Selected, SparseTargets
 from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
+from ddk_pipe.stages.teachers.serving import Service
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
 from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
 from ddk_pipe.stages.teachers.vllm.worker import unpack
@@ -55,10 +59,13 @@ class VllmTeacher:
         self.runner = ""
         self._plan: Plan | None = None
         self._sent = 0  # vLLM numbers its requests from 0 on
-        try:
+        self._broken: Exception | None = None
+        dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
+        self.service = Service(f"vLLM {self.version}", folder, dtype, other="hf")
+        with self.service.one_line("does not take"):
             self.engine = vllm.LLM(
                 model=str(folder),
-                dtype=str(pick_dtype(options.dtype, device)).removeprefix("torch."),
+                dtype=dtype,
                 max_model_len=seq_len + 1,  # room for the one token that is always generated
                 max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len + 1),
                 max_num_seqs=options.batch_windows,
@@ -74,11 +81,8 @@ class VllmTeacher:
                 gpu_memory_utilization=options.vllm.gpu_memory_utilization,
                 worker_extension_cls=EXTENSION,
             )
-        except ValueError as problem:  # what vLLM says of settings, before it loads a weight
-            raise DdkError(
-                f"teacher.model: vLLM {self.version} does not take {folder} ({_reason(problem)})",
-                hint="try another teacher.dtype, or backend: hf",
-            ) from None
+        self._notes = _temporary_file(self)
+        self._call("ddk_note_failures", str(self._notes))
 
     @property
     def vocab_size(self) -> int:
@@ -96,6 +100,7 @@ class VllmTeacher:
 
     def close(self) -> None:
         del self.engine
+        self._notes.unlink(missing_ok=True)
 
     def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
         if self.options.vllm.capture == "prompt_logprobs":
@@ -106,9 +111,9 @@ class VllmTeacher:
             (request, window.key, window.labels.astype(np.int64).tobytes())
             for request, window in zip(requests, windows, strict=True)
         ]
-        self.engine.collective_rpc("ddk_expect", args=(announced,))
+        self._call("ddk_expect", announced)
         self._generate(windows, prompt_logprobs=0)
-        answers = self.engine.collective_rpc("ddk_take")
+        answers = self._call("ddk_take")
         failed = {request: why for answer in answers for request, why in answer["failed"].items()}
         done: dict[str, Any] = next((answer["done"] for answer in answers if answer["done"]), {})
         for request, window in zip(requests, windows, strict=True):
@@ -123,7 +128,7 @@ class VllmTeacher:
     def _install(self, plan: Plan) -> None:
         if self._plan == plan:
             return
-        for answer in self.engine.collective_rpc("ddk_install", args=(plan.to_dict(), self._vocab_size)):
+        for answer in self._call("ddk_install", plan.to_dict(), self._vocab_size):
             if answer.startswith("refused"):
                 raise DdkError(
                     f"vLLM {self.version}: the worker hook does not fit ({answer})",
@@ -139,7 +144,30 @@ class VllmTeacher:
         prompts = [TokensPrompt(prompt_token_ids=window.tokens.tolist()) for window in windows]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **options)
         self._sent += len(prompts)
-        return list(self.engine.generate(prompts, sampling, use_tqdm=False))
+        with self._serving():
+            return list(self.engine.generate(prompts, sampling, use_tqdm=False))
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """A method of the extension, on every worker."""
+        with self._serving():
+            return list(self.engine.collective_rpc(method, args=arguments))
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Around every call of the engine. One that has failed is asked no more: what it had begun is still there, and
+        would be among the answers to the next call."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            with self.service.one_line("cannot serve", self._first_note):
+                yield
+        except Exception as problem:
+            self._broken = problem
+            raise
+
+    def _first_note(self) -> str:
+        """What a step raised in the worker, "" if that is not known: from a process of its own it does not come here."""
+        return self._notes.read_text().split("\n")[0]
 
     def _from_prompt_logprobs(self, windows: list[Window], plan: Plan) -> list[Selected]:
         check_capture(self.options, plan)
@@ -208,10 +236,12 @@ def check_engine() -> None:
         )
 
 
-def _reason(problem: ValueError) -> str:
-    """In one line; pydantic wraps its own words around vLLM's."""
-    said = problem.errors()[0]["msg"] if isinstance(problem, ValidationError) else str(problem)
-    return " ".join(said.removeprefix("Value error, ").split())
+def _temporary_file(owner: object) -> Path:
+    """An empty file that is gone at the latest with its owner."""
+    handle, name = tempfile.mkstemp(prefix="ddk-pipe-")
+    os.close(handle)
+    weakref.finalize(owner, Path(name).unlink, missing_ok=True)
+    return Path(name)
 
 
 def _class(module: str, name: str) -> Any:

@@ -11,9 +11,11 @@ the same row arithmetic but has never been run by us. Workers import this module
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ddk_pipe.pipeline.targets import Kept, Plan, Selected, SparseTargets, head_rows, join, select_logits
+from ddk_pipe.stages.teachers.serving import reason
 
 Packed = list[tuple[list[int], str, bytes]]  # shape, dtype and content: crosses processes without pickle
 LogitsOf = Callable[[Tensor], Tensor | None]
@@ -34,6 +37,7 @@ V2_ARGUMENTS = [
     "num_computed_tokens",
     "prompt_lens",
 ]
+STEPS = ("execute_model", "sample_tokens")  # of vLLM's Worker; older ones have the first only
 
 
 def known_arguments() -> dict[str, list[str]]:
@@ -179,10 +183,31 @@ def v2_method(collector: Collector) -> Callable[..., dict[str, Any]]:
     return method
 
 
+def noting(step: Callable[..., Any], notes: str) -> Callable[..., Any]:
+    """`step`; the first line of what it raises is appended to the file `notes` before it goes on its way."""
+
+    @functools.wraps(step)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        try:
+            return step(*arguments, **options)
+        except Exception as problem:
+            with suppress(OSError), open(notes, "a", encoding="utf-8") as file:
+                file.write(f"{reason(problem)}\n")
+            raise
+
+    return noted
+
+
 class SelectionExtension:
     """Mixed into vLLM's Worker by `worker_extension_cls`; vLLM asserts that no name here exists on Worker."""
 
     model_runner: Any
+
+    def ddk_note_failures(self, notes: str) -> None:
+        """Note in this file what a step raises: the driver hears from another process only that the engine is dead."""
+        for name in STEPS:
+            if hasattr(self, name):
+                setattr(self, name, noting(getattr(self, name), notes))
 
     def ddk_install(self, plan: dict[str, Any], vocab_size: int) -> str:
         """Take the place of the prompt-logprobs method; returns the model runner's kind, or why it cannot."""

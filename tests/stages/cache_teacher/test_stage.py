@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openers import Wrapped
+from openers import Fails, Wrapped
 from same_bytes import groups, shard_contents
 from tiny import MakeProject, break_weights
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher, local, maker
 from ddk_pipe.stages.cache_teacher.status import StatusStream
 from ddk_pipe.stages.cli import app
-from ddk_pipe.stages.teachers import Window
+from ddk_pipe.stages.teachers import Window, open_teacher
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrap(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[Window]], None]) -> None:
     monkeypatch.setattr(
         "ddk_pipe.stages.cache_teacher.plan.open_teacher",
-        lambda *arguments, **options: Wrapped(before, *arguments, **options),
+        lambda *arguments, **options: Wrapped(before, open_teacher(*arguments, **options)),
     )
 
 
@@ -270,3 +271,60 @@ def test_what_does_not_end_is_left_in_time() -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=50)
     assert done.returncode == 143 and time.monotonic() - began < 40
+
+
+# --- an engine that fails -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "workers", ["1", pytest.param("2", marks=pytest.mark.slow)], ids=["here", "in two processes"]
+)
+def test_an_engine_that_fails_is_one_line(
+    make_project: MakeProject,
+    cached_output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    workers: str,
+) -> None:
+    """At the second shard of a domain; a sound one then goes on from what is committed."""
+    path, words = make_project(), "int8_scaled_mm_with_quant: expect A to be bfloat16 or half."
+    arguments = ["cache-teacher", str(path), "--workers", workers]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ddk_pipe.stages.cache_teacher.plan.open_teacher", Fails(shard="code/train/1/", words=words)
+        )
+        result = CliRunner().invoke(app, arguments)
+    said = [line for line in result.output.splitlines() if line.startswith("ddk-pipe:")]
+    assert result.exit_code == 2 and len(said) == 1
+    assert f" in float32 ({words}); set teacher.dtype: bfloat16, or backend: vllm" in said[0]
+    assert "Traceback" not in result.output + capfd.readouterr().err
+    cache = path.parent / "out" / "cache"
+    committed = shard_contents(cache)
+    assert "code/train/00001.json" not in committed and len(committed) < 20
+    assert len(groups(cache)) == len(committed), "nothing is half written"
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert shard_contents(cache) == shard_contents(cached_output / "cache")
+
+
+def test_a_slip_of_ours_keeps_its_traceback_across_processes() -> None:
+    def slip() -> None:
+        assert False, "of ours"  # noqa: B011
+
+    class NotPortable(Exception):
+        def __init__(self, one: int, other: int) -> None:
+            super().__init__(f"{one} and {other}")
+
+    def two() -> None:
+        raise NotPortable(1, 2)
+
+    for raises, kind, words in (
+        (slip, AssertionError, "of ours"),
+        (two, RuntimeError, "NotPortable: 1 and 2"),
+    ):
+        with pytest.raises(Exception) as raised:
+            raises()
+        sent = pickle.loads(pickle.dumps(maker.portable(raised.value)))
+        assert isinstance(sent, kind) and words in str(sent)
+        assert f"in {raises.__name__}" in "".join(sent.__notes__)
+    mistake = DdkError("a", hint="b")
+    assert maker.portable(mistake) is mistake and not hasattr(mistake, "__notes__")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import MakeProject, make_model, make_tokenizer
 
 from ddk_pipe.pipeline.errors import DdkError
@@ -25,6 +26,7 @@ from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.show import lopsided
 from ddk_pipe.stages.distill.trackers import folder_of
+from ddk_pipe.stages.teachers.hf import Head
 
 
 def run(manifest: Path, *sets: str) -> tuple[dict[str, Any], Path]:
@@ -191,6 +193,21 @@ def test_gamma_0_is_the_same_run_whatever_the_targets(cached: Path) -> None:
 def test_reverse_kl_online(cached: Path) -> None:
     _, folder = run(cached, "distill.targets=online", "distill.direction=reverse")
     assert all(row["kl"] > 0 for row in read_rows(folder, "steps"))
+
+
+def test_a_teacher_that_fails_in_a_step_is_one_line(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint names what its batch is here."""
+
+    def states(self: Head, tokens: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():  # of the validation windows, before the first step
+            return real(self, tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    real = Head.states
+    monkeypatch.setattr(Head, "states", states)
+    line = r"transformers \S+ cannot serve \S+ in float32 \(CUDA out of memory\.\); lower distill.micro_batch_windows"
+    with pytest.raises(DdkError, match=line):
+        run(cached, "distill.targets=online")
 
 
 def test_activation_checkpointing_changes_nothing(cached: Path) -> None:

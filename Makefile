@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 export PYTHONSAFEPATH := 1
+export NO_MKDOCS_2_WARNING := 1# Material's word about its successor
 export HF_HUB_OFFLINE ?= 1
 
 VENV := .venv

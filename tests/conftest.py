@@ -22,7 +22,7 @@ from ddk_pipe.stages.common import prepare_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 prepare_cpu()
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,8 @@ def _row(spec: CacheSpec, plan: Plan, measured: Measured, samples: list[Sample],
         entries += sizes.entries * growth
         tokens += sizes.input_bytes * sample.positions / (len(sample.windows) * spec.seq_len)
     shards = sum(size.shards for domain in spec.domains.values() for size in domain.values())
-    fixed = shards * float(np.mean([size for sizes in measured.domains for size in sizes.fixed_bytes]))
+    targets += shards * float(np.mean([size for sizes in measured.domains for size in sizes.target_fixed]))
+    tokens += shards * float(np.mean([size for sizes in measured.domains for size in sizes.input_fixed]))
     records = shards * float(np.mean([size for sizes in measured.domains for size in sizes.record_bytes]))
     tables = 4 * spec.vocab_size * len(samples)
     labels = max(sum(sample.labels for sample in samples), 1)
@@ -86,8 +87,8 @@ def _row(spec: CacheSpec, plan: Plan, measured: Measured, samples: list[Sample],
         name=name_of(plan),
         cache={"scheme": plan.scheme, **knobs(plan)},
         entries_per_position=entries / labels,
-        bytes_per_position=(targets + fixed) / labels,
-        total_bytes=targets + tokens + fixed + records + tables,
+        bytes_per_position=targets / labels,
+        total_bytes=targets + tokens + records + tables,
         positions_per_second=rate,
         teacher_seconds=sum(sample.positions for sample in samples) / rate,
         added_noise=noise,

@@ -58,26 +58,28 @@ def samples_of(project: Project, spec: CacheSpec, windows: int | None) -> dict[s
 
 @dataclass
 class Sizes:
-    """What the shards of one domain's sample hold."""
+    """What the shards of one domain's sample hold. Tokens are no part of targets, nor is their metadata."""
 
     labels: int = 0
     entries: int = 0
     target_bytes: int = 0  # of what grows with the windows
     input_bytes: int = 0  # of tokens
-    fixed_bytes: list[int] = field(
-        default_factory=list
-    )  # of each shard's metadata, however many windows it has
+    # Of each shard's metadata, however many windows it has:
+    target_fixed: list[int] = field(default_factory=list)
+    input_fixed: list[int] = field(default_factory=list)
     record_bytes: list[int] = field(default_factory=list)
 
     def add(self, record: ShardRecord) -> None:
         """A shard more."""
-        data = {name: size for name, size in record.sizes.items() if not name.endswith("zarr.json")}
-        tokens = sum(size for name, size in data.items() if name.startswith("tokens/"))
+        fixed = {name: size for name, size in record.sizes.items() if name.endswith("zarr.json")}
+        input_fixed = sum(size for name, size in fixed.items() if name.startswith("tokens/"))
+        target_fixed = sum(fixed.values()) - input_fixed
         self.labels += record.positions
         self.entries += record.entries
-        self.input_bytes += tokens
-        self.target_bytes += sum(data.values()) - tokens
-        self.fixed_bytes.append(sum(record.sizes.values()) - sum(data.values()))
+        self.input_bytes += record.input_bytes - input_fixed
+        self.target_bytes += record.target_bytes - target_fixed
+        self.input_fixed.append(input_fixed)
+        self.target_fixed.append(target_fixed)
         self.record_bytes.append(len(record.sealed()))
 
 

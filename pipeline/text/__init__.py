@@ -20,6 +20,7 @@ from ddk_pipe.pipeline.text.sources import (
     kind_by_name,
     resolve_sources,
 )
+from ddk_pipe.pipeline.text.vocabulary import predicted_ids
 from ddk_pipe.pipeline.text.windows import (
     SPLITS,
     TOKENS_VERSION,
@@ -54,6 +55,7 @@ __all__ = [
     "kind_by_name",
     "labels_of",
     "open_split",
+    "predicted_ids",
     "project_tokenizer",
     "resolve_sources",
     "text_rules",

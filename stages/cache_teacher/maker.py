@@ -90,7 +90,7 @@ class ShardMaker:
         )
         if self.teacher.vocab_size != job.spec.vocab_size:
             raise DdkError(
-                f"the teacher predicts {self.teacher.vocab_size:,} tokens, the tokenizer has {job.spec.vocab_size:,}",
+                f"the teacher predicts {self.teacher.vocab_size:,} tokens, its configuration and the tokenizer say {job.spec.vocab_size:,}",
                 hint="mend vocab_size in its config.json",
             )
         self._advance = advance or (lambda positions, name: None)

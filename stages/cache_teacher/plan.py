@@ -21,7 +21,7 @@ from ddk_pipe.pipeline.models import (
     weights_digest,
 )
 from ddk_pipe.pipeline.targets import Plan
-from ddk_pipe.pipeline.text import Split, tokenizer_digest, tokenizer_size
+from ddk_pipe.pipeline.text import Split, predicted_ids, tokenizer_digest, tokenizer_size
 from ddk_pipe.stages.cache_teacher.maker import Job
 from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.prepare import prepare
@@ -72,7 +72,7 @@ def make_spec(
     """What cache.json will say. `head_size`: rows of the teacher's output layer; those beyond the tokenizer's ids
     are padding, and the distributions are cut to the ids.
 
-    Raises DdkError if the tokenizer is not the teacher's, or has more ids than the teacher predicts.
+    Raises DdkError if the tokenizer is not the teacher's, or a window holds an id that the teacher does not know.
     """
     options = project.manifest.teacher
     tokenizer = load_tokenizer(
@@ -84,12 +84,6 @@ def make_spec(
             f"tokenizer: {project.tokenizer} is not the teacher's ({tokenizer_difference(tokenizer, own)})",
             hint="leave tokenizer out of the manifest",
         )
-    vocab_size = tokenizer_size(tokenizer)
-    if vocab_size > head_size:
-        raise DdkError(
-            f"tokenizer: its {vocab_size:,} ids exceed the teacher's vocabulary of {head_size:,}",
-            hint="use the teacher's own tokenizer",
-        )
     device = torch.device(pick_device(options.device))
     shard_windows = project.manifest.cache.shard_windows
     return CacheSpec(
@@ -98,7 +92,7 @@ def make_spec(
             "dtype": str(pick_dtype(options.dtype, device)).removeprefix("torch."),
         },
         tokenizer_digest=tokenizer_digest(tokenizer),
-        vocab_size=vocab_size,
+        vocab_size=predicted_ids(splits, tokenizer, head_size),
         seq_len=project.manifest.seq_len,
         plan=plan,
         domains={

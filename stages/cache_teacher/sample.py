@@ -44,7 +44,8 @@ def fit_ranks(
 def ranks_of(kept: NDArray[np.float64], split: Split) -> Ranks:
     """The rank table from how often each id was kept, float64 [vocab_size], and from the training text."""
     text = np.zeros(len(kept))
-    text[: len(split.token_counts)] = split.token_counts
+    known = min(len(kept), len(split.token_counts))  # a tokenizer may have more ids than its teacher
+    text[:known] = split.token_counts[:known]
     return Ranks.fit(kept + TEXT_SHARE * max(kept.sum(), 1.0) * text / max(text.sum(), 1.0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,17 +13,18 @@ from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import DenseTargets
 from ddk_pipe.pipeline.manifest import Project, check_tail
-from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config
+from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config, text_config
 from ddk_pipe.pipeline.storage import is_url
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets, stack
 from ddk_pipe.pipeline.text import (
+    SPLITS,
     TRAIN,
     VALIDATION,
     Split,
     labels_of,
     open_split,
+    predicted_ids,
     tokenizer_digest,
-    tokenizer_size,
 )
 
 NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
@@ -127,26 +127,26 @@ class OnlineSource:
             prepare(project)
         wait()
         tokenizer = load_tokenizer(project.tokenizer, field="tokenizer", trust_remote_code=trust)
+        self.domains = list(manifest.domains)
+        splits = {
+            name: {split: open_split(project.tokens / name / split) for split in SPLITS}
+            for name in self.domains
+        }
+        self.vocab_size = predicted_ids(splits, tokenizer, int(text_config(config).vocab_size))
+        self.tokenizer_digest = tokenizer_digest(tokenizer)
         named = manifest.teacher.device
         where = named if named in ("balanced", "sequential") else str(device)
         self.teacher = open_hf(
             folder,
             manifest.teacher.model_copy(update={"device": where}),
-            vocab_size=tokenizer_size(tokenizer),
+            vocab_size=self.vocab_size,
         )
-        self.domains = list(manifest.domains)
         self.splits = {
-            (name, split): open_split(project.tokens / name / split) for name, split in self._names()
+            (name, split): opened for name, parts in splits.items() for split, opened in parts.items()
         }
         self.sizes = [self.splits[name, TRAIN].facts.windows for name in self.domains]
-        self.vocab_size, self.tokenizer_digest = tokenizer_size(tokenizer), tokenizer_digest(tokenizer)
         self.temperature = manifest.distill.temperature
         self.fingerprint, self.readers, self.exact = "online", NEAR_READERS, True
-
-    def _names(self) -> Iterator[tuple[str, str]]:
-        for name in self.domains:
-            yield name, TRAIN
-            yield name, VALIDATION
 
     def read(self, domain: int, window: int) -> CachedWindow:
         return _bare(self.splits[self.domains[domain], TRAIN], window)

@@ -59,7 +59,7 @@ def _open(job: Job) -> Teacher:
     if teacher.vocab_size != job.spec.vocab_size:
         teacher.close()
         raise DdkError(
-            f"the teacher predicts {teacher.vocab_size:,} tokens, the tokenizer has {job.spec.vocab_size:,}",
+            f"the teacher predicts {teacher.vocab_size:,} tokens, its configuration and the tokenizer say {job.spec.vocab_size:,}",
             hint="mend vocab_size in its config.json",
         )
     return teacher

@@ -19,7 +19,7 @@ from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.text import VALIDATION
-from ddk_pipe.stages.cache_teacher import Request, cache_teacher
+from ddk_pipe.stages.cache_teacher import Request, cache_teacher, estimate
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.distill import distill
 
@@ -73,21 +73,48 @@ def test_a_tokenizer_with_other_tokens_is_refused_in_numbers(
         cache_teacher(load_project(path, ["tokenizer=other"]))
 
 
-def test_added_tokens_fill_the_padding_and_no_more(make_project: MakeProject, tmp_path: Path) -> None:
-    folder = tmp_path / "added"
+def with_added_tokens(folder: Path) -> tuple[Path, int]:
+    """A teacher with two rows of padding, three tokens added to its tokenizer; the folder and the rows."""
     tokenizer = make_tokenizer(folder)
-    size = len(tokenizer.get_vocab())
-    make_model(folder, vocab_size=size + 2)
-    tokenizer.add_tokens(["<one>", "<two>"])
+    size = len(tokenizer.get_vocab()) + 2
+    make_model(folder, vocab_size=size)
+    tokenizer.add_tokens(["<one>", "<two>", "<three>"])
     tokenizer.save_pretrained(folder)
-    named = f"teacher.model={folder}"
-    project = load_project(make_project(), [named])
-    cache_teacher(project, Request(limit=1))
-    assert CacheReader(project.cache, 1.0).spec.vocab_size == size + 2
-    tokenizer.add_tokens(["<three>"])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(DdkError, match=f"its {size + 3} ids exceed the teacher's vocabulary of {size + 2}"):
-        cache_teacher(load_project(project.root / "manifest.yaml", [named, "output=again"]))
+    return folder, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["cache", "online"])
+def test_tokens_that_the_teacher_lacks_do_no_harm_outside_the_text(
+    make_project: MakeProject, tmp_path: Path, targets: str
+) -> None:
+    folder, size = with_added_tokens(tmp_path / "added")
+    options = [f"teacher.model={folder}", f"distill.targets={targets}"]
+    project = load_project(make_project(), options)
+    if targets == "cache":
+        assert estimate(project, windows=2).rows[0].entries_per_position > 1
+        cache_teacher(project)
+        assert CacheReader(project.cache, 1.0).spec.vocab_size == size
+    assert distill(project)["steps"] == 6
+    assert AutoModelForCausalLM.from_pretrained(project.run / "student").lm_head.weight.shape[0] == size
+
+
+def test_tokens_that_the_teacher_lacks_are_refused_in_the_text(
+    make_project: MakeProject, tmp_path: Path
+) -> None:
+    folder, size = with_added_tokens(tmp_path / "added")
+    path = make_project()
+    with (path.parent / "text/plays.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"<one><two> act {i} <three> and out"}) + "\n" for i in range(40))
+    project = load_project(path, [f"teacher.model={folder}"])
+    said = rf"domains.plays: its train text holds '<three>' \(id {size}\) \d+ times, the teacher knows {size} ids"
+    with pytest.raises(DdkError, match=said):
+        cache_teacher(project)
+    assert not project.cache.exists("cache.json")
+    with pytest.raises(DdkError, match=said):
+        estimate(project, windows=2)
+    with pytest.raises(DdkError, match=said):
+        distill(load_project(path, [f"teacher.model={folder}", "distill.targets=online"]))
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ pytestmark = [
 VOCAB, LENGTH, OTHER = 70, 20, 4
 PLAN = Plan("pps", 0.05, 8, 64, 20, (1.0, 2.0), 0)
 LABELS = np.append(np.arange(1, LENGTH), -100)
+PROMPT = LENGTH - 1  # a window without its last token
 
 
 def v2_batch(start: int, rows: int) -> Any:
@@ -40,7 +41,7 @@ def v2_batch(start: int, rows: int) -> Any:
         "idx_mapping_np": np.array([3, 1]),
         "num_scheduled_tokens": np.array([OTHER, rows]),
         "query_start_loc_np": np.array([0, OTHER, OTHER + rows]),
-        "prefill_len_np": np.array([OTHER, LENGTH]),
+        "prefill_len_np": np.array([OTHER, PROMPT]),
         "num_computed_prefill_tokens_np": np.array([0, start]),
     }
     unset = {each.name: None for each in dataclasses.fields(InputBatch) if each.name not in known}
@@ -63,8 +64,8 @@ def test_the_v2_hook_on_vllms_own_classes(need_vllm: None) -> None:
     worker.add_request("other-01234567", 3, SamplingParams())
     worker.add_request("7-0123abcd", 1, SamplingParams(max_tokens=1, prompt_logprobs=0))
     extension.ddk_expect([("7", "k", LABELS.tobytes())])
-    prompt_lens = np.array([0, LENGTH, 0, OTHER])
-    for start, rows in ((0, 12), (12, 8)):  # chunked prefill
+    prompt_lens = np.array([0, PROMPT, 0, OTHER])
+    for start, rows in ((0, 12), (12, 7)):  # chunked prefill
         states = torch.cat([torch.full((OTHER, 8), 99.0), hidden[start : start + rows]])
         batch = v2_batch(start, rows)
         found = worker.compute_prompt_logprobs(

@@ -39,6 +39,8 @@ EXTENSION = "ddk_pipe.stages.teachers.vllm.worker.SelectionExtension"
 class VllmTeacher:
     """Runs windows as prompts of vLLM's engine and collects what its workers select.
 
+    A prompt is a window without its last token, whose position has no label: the one token that vLLM always generates
+    takes its place, and a window may be as long as the model's context.
     On a CPU the engine lives in this process (V1 runner); on GPUs in processes of its own.
     """
 
@@ -66,8 +68,8 @@ class VllmTeacher:
             self.engine = vllm.LLM(
                 model=str(folder),
                 dtype=dtype,
-                max_model_len=seq_len + 1,  # room for the one token that is always generated
-                max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len + 1),
+                max_model_len=seq_len,
+                max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len),
                 max_num_seqs=options.batch_windows,
                 max_logprobs=-1,
                 enforce_eager=device.type == "cpu",
@@ -112,7 +114,7 @@ class VllmTeacher:
             for request, window in zip(requests, windows, strict=True)
         ]
         self._call("ddk_expect", announced)
-        self._generate(windows, prompt_logprobs=0)
+        self._generate(windows, _sampling(prompt_logprobs=0))
         answers = self._call("ddk_take")
         failed = {request: why for answer in answers for request, why in answer["failed"].items()}
         done: dict[str, Any] = next((answer["done"] for answer in answers if answer["done"]), {})
@@ -137,12 +139,10 @@ class VllmTeacher:
             self.runner = answer
         self._plan = plan
 
-    def _generate(self, windows: list[Window], **options: Any) -> list[Any]:
-        from vllm import SamplingParams
+    def _generate(self, windows: list[Window], sampling: Any) -> list[Any]:
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=window.tokens.tolist()) for window in windows]
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **options)
+        prompts = [TokensPrompt(prompt_token_ids=window.tokens[:-1].tolist()) for window in windows]
         self._sent += len(prompts)
         with self._serving():
             return list(self.engine.generate(prompts, sampling, use_tqdm=False))
@@ -172,22 +172,40 @@ class VllmTeacher:
     def _from_prompt_logprobs(self, windows: list[Window], plan: Plan) -> list[Selected]:
         check_capture(self.options, plan)
         k = plan.k if plan.scheme == "topk" else plan.cap
-        outputs = self._generate(windows, prompt_logprobs=k, flat_logprobs=True)
+        # the window's last token is the only one that may be generated: its log-probability comes with the largest
+        samplings = [
+            _sampling(
+                prompt_logprobs=k, logprobs=k, flat_logprobs=True, allowed_token_ids=[int(window.tokens[-1])]
+            )
+            for window in windows
+        ]
+        outputs = self._generate(windows, samplings)
         floor = plan.tau if plan.scheme == "threshold" else 0.0
         return [
-            _from_flat(output.prompt_logprobs, window, k, floor)
+            _from_flat(output.prompt_logprobs, output.outputs[0].logprobs, window, k, floor)
             for output, window in zip(outputs, windows, strict=True)
         ]
 
 
-def _from_flat(flat: Any, window: Window, k: int, floor: float) -> Selected:
-    """vLLM's FlatLogprobs: k + 1 entries a position (the true token, then the k largest); position 0 has none.
+def _sampling(**options: Any) -> Any:
+    """vLLM's SamplingParams for one token."""
+    from vllm import SamplingParams
 
-    Entry t scores token t given tokens before it, which is our position t - 1; the last position has none.
+    return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **options)
+
+
+def _from_flat(prompt: Any, generated: Any, window: Window, k: int, floor: float) -> Selected:
+    """vLLM's FlatLogprobs: k + 1 entries a token (the true one, then the k largest); token 0 has none.
+
+    Entry t scores token t given tokens before it, which is our position t - 1; the last position has none. That of
+    the last token is `generated`, those of the others are the prompt's.
     """
     rows = len(window.labels) - 1
-    ids = torch.tensor(np.asarray(flat.token_ids, np.int64).reshape(rows, k + 1))
-    logprobs = torch.tensor(np.asarray(flat.logprobs, np.float32).reshape(rows, k + 1))
+    token_ids, scores = (
+        [*getattr(prompt, name), *getattr(generated, name)] for name in ("token_ids", "logprobs")
+    )
+    ids = torch.tensor(np.asarray(token_ids, np.int64).reshape(rows, k + 1))
+    logprobs = torch.tensor(np.asarray(scores, np.float32).reshape(rows, k + 1))
     labels = torch.from_numpy(window.labels)
     live = labels[:rows] >= 0
     label = torch.full((rows + 1,), float("nan"))

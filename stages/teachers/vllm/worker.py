@@ -74,7 +74,10 @@ def unpack(packed: Packed) -> Selected:
 
 
 class Collector:
-    """Selections of running prompts, piece by piece (chunked prefill) until each prompt is whole."""
+    """Selections of running prompts, piece by piece (chunked prefill) until each prompt is whole.
+
+    A prompt is a window without its last token: that position has no label, and its row is made here.
+    """
 
     def __init__(self, plan: Plan, vocab_size: int) -> None:
         self.plan, self.vocab_size, self.rows = plan, vocab_size, head_rows(vocab_size)
@@ -114,12 +117,12 @@ class Collector:
         if parts:
             kept.append((start, join(parts)))
         self.pieces[request] = kept
-        if start + len(hidden) >= len(labels):
+        if start + len(hidden) >= len(labels) - 1:
             self._finish(request)
 
     def _finish(self, request: str) -> None:
         pieces = self.pieces.pop(request)
-        del self.expected[request]
+        labels, uniforms = self.expected.pop(request)
         at = 0
         for start, piece in pieces:
             if start != at:
@@ -127,7 +130,10 @@ class Collector:
                 return
             at += len(piece.label_logprobs)
         if pieces:
-            self.done[request] = pack(join([piece for _, piece in pieces]))
+            computed = [piece.to("cpu") for _, piece in pieces]
+            blank = torch.zeros(len(labels) - at, self.vocab_size)
+            last = select_logits(blank, torch.full((len(blank),), -1), self.plan, uniforms[:, at:])
+            self.done[request] = pack(join([*computed, last]))
 
     def take(self) -> dict[str, Any]:
         """What is done or failed since the last call."""

@@ -29,6 +29,7 @@ PLAN = Plan("pps", 0.05, 8, 64, 20, (1.0, 2.0), 0)
 HEAD = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
 HIDDEN = torch.randn(LENGTH, 8, generator=torch.Generator().manual_seed(1))
 LABELS = np.append(np.arange(1, LENGTH), -100)
+PROMPT = HIDDEN[:-1]  # of a window without its last token
 
 
 def whole(key: str = "k") -> Selected:
@@ -54,7 +55,7 @@ def logits_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden @ HEAD
 
 
-@pytest.mark.parametrize("cuts", [[0, 20], [0, 5, 20], [0, 1, 19, 20]])
+@pytest.mark.parametrize("cuts", [[0, 19], [0, 5, 19], [0, 1, 18, 19]])
 def test_pieces_of_a_prompt_become_the_whole(cuts: list[int]) -> None:
     made = collector()
     made.rows = 3
@@ -64,25 +65,39 @@ def test_pieces_of_a_prompt_become_the_whole(cuts: list[int]) -> None:
     assert made.take() == {"done": {}, "failed": {}}
 
 
+@pytest.mark.parametrize("scheme", ["random", "threshold", "topk"])
+def test_the_row_without_a_token_is_as_that_of_a_whole_window(scheme: str) -> None:
+    """Not in the prompt, and without a label: byte for byte what any other position without a label gets."""
+    plan = Plan(scheme, 0.05, 8, 6, 20, (1.0, 2.0), 0)
+    made = Collector(plan, VOCAB)
+    made.expect("7", "k", LABELS.tobytes())
+    logits = HIDDEN @ HEAD
+    made.add("7-0123abcd", 0, PROMPT, lambda hidden: logits[: len(hidden)])
+    found = unpack(made.take()["done"]["7"])
+    uniforms = torch.from_numpy(plan.uniforms("k", LENGTH))
+    expected = select_logits(logits, torch.from_numpy(LABELS), plan, uniforms)
+    assert pack(found) == pack(expected)
+
+
 def test_a_preempted_prompt_starts_again() -> None:
     made = collector()
     made.add("7-0123abcd", 0, HIDDEN[:8], logits_of)
     made.add("7-0123abcd", 0, HIDDEN[:12], logits_of)
-    made.add("7-0123abcd", 12, HIDDEN[12:], logits_of)
+    made.add("7-0123abcd", 12, PROMPT[12:], logits_of)
     assert_same(unpack(made.take()["done"]["7"]), whole())
 
 
 def test_positions_that_were_never_computed_are_an_error() -> None:
     made = collector()
-    made.add("7-0123abcd", 4, HIDDEN[4:], logits_of)
+    made.add("7-0123abcd", 4, PROMPT[4:], logits_of)
     assert "positions 0 to 4 were never computed" in made.take()["failed"]["7"]
 
 
 def test_a_rank_without_logits_still_takes_part_in_every_gather() -> None:
     made, calls = collector(), []
     made.rows = 5
-    made.add("7-0123abcd", 0, HIDDEN, lambda hidden: calls.append(len(hidden)))
-    assert calls == [5, 5, 5, 5]
+    made.add("7-0123abcd", 0, PROMPT, lambda hidden: calls.append(len(hidden)))
+    assert calls == [5, 5, 5, 4]
     assert made.take() == {"done": {}, "failed": {}}
 
 
@@ -103,8 +118,10 @@ class FakeV1:
 
     def __init__(self) -> None:
         self.num_prompt_logprobs = {"7-0123abcd": 0}
-        self.requests = {"7-0123abcd": SimpleNamespace(prompt_token_ids=[0] * LENGTH, num_computed_tokens=0)}
-        self.query_start_loc = SimpleNamespace(np=np.array([0, 4, 4 + LENGTH]))
+        self.requests = {
+            "7-0123abcd": SimpleNamespace(prompt_token_ids=[0] * len(PROMPT), num_computed_tokens=0)
+        }
+        self.query_start_loc = SimpleNamespace(np=np.array([0, 4, 4 + len(PROMPT)]))
         self.input_batch = SimpleNamespace(req_id_to_index={"other-1": 0, "7-0123abcd": 1})
         self.model = SimpleNamespace(compute_logits=logits_of)
 
@@ -113,8 +130,8 @@ class FakeV1:
 
 def test_v1_method_finds_its_rows() -> None:
     runner, made = FakeV1(), collector()
-    hidden = torch.cat([torch.full((4, 8), 99.0), HIDDEN])
-    assert v1_method(made)(runner, hidden, {"7-0123abcd": LENGTH}) == {}
+    hidden = torch.cat([torch.full((4, 8), 99.0), PROMPT])
+    assert v1_method(made)(runner, hidden, {"7-0123abcd": len(PROMPT)}) == {}
     assert_same(unpack(made.take()["done"]["7"]), whole())
     assert not runner.num_prompt_logprobs
     v1_method(made)(runner, hidden, {})  # nothing scheduled
@@ -125,25 +142,25 @@ def fake_v2(start: int, rows: int) -> tuple[Any, dict[str, Any]]:
         req_ids=["other-1", "7-0123abcd"],
         idx_mapping_np=np.array([3, 1]),
         num_computed_prefill_tokens_np=np.array([0, start]),
-        prefill_len_np=np.array([4, LENGTH]),
+        prefill_len_np=np.array([4, len(PROMPT)]),
         num_scheduled_tokens=np.array([4, rows]),
         query_start_loc_np=np.array([0, 4, 4 + rows]),
     )
     worker = SimpleNamespace(uses_prompt_logprobs=np.array([False, True, False, False]))
     return worker, {
         "logits_fn": logits_of,
-        "hidden_states": torch.cat([torch.full((4, 8), 99.0), HIDDEN[start : start + rows]]),
+        "hidden_states": torch.cat([torch.full((4, 8), 99.0), PROMPT[start : start + rows]]),
         "input_batch": batch,
         "all_token_ids": None,
         "num_computed_tokens": None,
-        "prompt_lens": np.array([0, LENGTH, 0, 4]),
+        "prompt_lens": np.array([0, len(PROMPT), 0, 4]),
     }
 
 
 def test_v2_method_finds_its_rows_on_fakes() -> None:
     """V2 needs Triton, so it never ran on this CPU: this checks our row arithmetic only."""
     made = collector()
-    for start, rows in ((0, 12), (12, 8)):
+    for start, rows in ((0, 12), (12, 7)):
         worker, arguments = fake_v2(start, rows)
         assert v2_method(made)(worker, **arguments) == {}
     assert_same(unpack(made.take()["done"]["7"]), whole())
@@ -185,9 +202,9 @@ def test_plain_prompt_logprobs_says_what_it_cannot_do(scheme: str, temperatures:
 def test_the_padding_of_a_head_is_cut_before_the_softmax() -> None:
     """The hook sees the rows of the output layer beyond the tokenizer's ids, here large ones."""
     made = collector()
-    padding = torch.full((LENGTH, 6), 50.0)
+    padding = torch.full((len(PROMPT), 6), 50.0)
     made.add(
-        "7-0123abcd", 0, HIDDEN, lambda hidden: torch.cat([hidden @ HEAD, padding[: len(hidden)]], dim=1)
+        "7-0123abcd", 0, PROMPT, lambda hidden: torch.cat([hidden @ HEAD, padding[: len(hidden)]], dim=1)
     )
     assert_same(unpack(made.take()["done"]["7"]), whole())
 

@@ -5,8 +5,15 @@ Whatever loads a causal language model (teacher, student, evaluate, export) does
 
 from ddk_pipe.pipeline.models.configs import be_quiet, check_length, read_config, text_config
 from ddk_pipe.pipeline.models.folders import model_folder, weights_digest
+from ddk_pipe.pipeline.models.generation import mend_generation
 from ddk_pipe.pipeline.models.loading import load_causal_lm
-from ddk_pipe.pipeline.models.probes import check_causal, decoder_of, forward_ends_in, head_is_plain
+from ddk_pipe.pipeline.models.probes import (
+    check_causal,
+    decoder_of,
+    forward_ends_in,
+    head_is_plain,
+    probe_logits,
+)
 from ddk_pipe.pipeline.models.tokenizers import load_tokenizer, tokenizer_of_model
 
 __all__ = [
@@ -18,7 +25,9 @@ __all__ = [
     "head_is_plain",
     "load_causal_lm",
     "load_tokenizer",
+    "mend_generation",
     "model_folder",
+    "probe_logits",
     "read_config",
     "text_config",
     "tokenizer_of_model",

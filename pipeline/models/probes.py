@@ -53,6 +53,13 @@ def forward_ends_in(model: Any, last: Callable[[Tensor], Tensor]) -> bool:
     return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max().clamp_min(1))
 
 
+def probe_logits(model: Any) -> Tensor:
+    """The model's logits of eight tokens, float32 [1, PROBE_TOKENS, V], without dropout."""
+    with _measuring(model):
+        logits: Tensor = model(input_ids=_probe(model), use_cache=False).logits.float()
+    return logits
+
+
 def check_causal(model: Any, *, field: str) -> None:
     """Raises DdkError for a model whose earlier logits move when its last token is another: it sees what it is to
     predict (an encoder such as BERT loads as a causal model without `is_decoder`).

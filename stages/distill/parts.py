@@ -15,7 +15,13 @@ from ddk_pipe.stages.distill.checkpoints import Checkpoints
 from ddk_pipe.stages.distill.optimizer import make_optimizer
 from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
 from ddk_pipe.stages.distill.step import Stepper
-from ddk_pipe.stages.distill.students import DistillStudent, build_student, shared_tokenizer
+from ddk_pipe.stages.distill.students import (
+    DistillStudent,
+    build_student,
+    origin,
+    prove_saved,
+    shared_tokenizer,
+)
 from ddk_pipe.stages.distill.validation import Validation
 from ddk_pipe.stages.distill.world import World, wrap
 
@@ -65,6 +71,7 @@ class Parts:
 
     def _student(self) -> DistillStudent:
         lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+        self._prove_saved(lm)
         student = DistillStudent(lm.to(self.device))
         if self.options.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -72,6 +79,20 @@ class Parts:
             for block in student.blocks:  # in place: names stay, and FSDP2 wraps the compiled layers
                 block.compile()
         return student
+
+    def _prove_saved(self, lm: Any) -> None:
+        """Once a run, where it starts, and on one process; the others are told what it found."""
+        manifest, run, problem = self.project.manifest, self.project.run, None
+        assert manifest.student is not None
+        field, trust = origin(manifest.student, manifest.teacher)
+        if self.world.leads and not any((run / "checkpoints").glob("step-*")):
+            try:
+                prove_saved(lm, self.tokenizer, run, field=field, trust_remote_code=trust)
+            except DdkError as found:
+                problem = found
+        (problem, *_) = self.world.gather(problem)
+        if problem is not None:
+            raise problem
 
     def _dtype(self) -> torch.dtype:
         return pick_dtype(self.options.precision, self.device)

@@ -10,7 +10,14 @@ from typing import Any
 
 import ddk_pipe
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import be_quiet, load_causal_lm, load_tokenizer, model_folder, read_config
+from ddk_pipe.pipeline.models import (
+    be_quiet,
+    load_causal_lm,
+    load_tokenizer,
+    mend_generation,
+    model_folder,
+    read_config,
+)
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import RunRecord, load_run, say
 from ddk_pipe.stages.export.card import CardOptions, card
@@ -102,11 +109,16 @@ def _save_as(student: Path, folder: Path, dtype: str) -> None:
     import torch
 
     model = load_causal_lm(student, field="the student", dtype=getattr(torch, dtype))
+    if getattr(model, "generation_config", None) is not None:
+        mend_generation(model.generation_config, field="the student")  # said where it is written
     model.save_pretrained(folder)
 
 
 def _generation_config(student: Path, tokenizer: Any) -> Any:
-    """The student's own, and the tokenizer's ids where it names none: generation must know where to end."""
+    """The student's own, and the tokenizer's ids where it names none: generation must know where to end.
+
+    What transformers refuses to save is left out, and said.
+    """
     from transformers import GenerationConfig
 
     try:
@@ -118,6 +130,9 @@ def _generation_config(student: Path, tokenizer: Any) -> Any:
         ) from None
     except OSError:
         config = GenerationConfig.from_model_config(read_config(student, field="the student"))
+    dropped = mend_generation(config, field="the student")
+    if dropped:
+        say(f"export: generation_config.json goes without {', '.join(dropped)}: no use as it is set")
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:

@@ -72,11 +72,12 @@ def _check_labels_and_ids(batch: Batch, vocab: int) -> None:
 
 
 def _check_divergence_is_finite(batch: Batch, vocab: int, direction: Direction) -> None:
-    """Forward KL needs a token for the tail to lie on, reverse KL teacher weight on every token."""
+    """Forward KL needs a token for the tail to lie on, reverse KL teacher weight on every token: where ids cover the
+    vocabulary, there is nothing for a tail to stand for."""
     log_kept, log_tail = batch.log_weights[:, :-1], batch.log_weights[:, -1]
     kept = batch.ids >= 0
+    covered = kept.sum(1) == vocab
     if direction == "forward":
-        covered = kept.sum(1) == vocab
         reason = f"ids for all {vocab} tokens and yet a tail; make its log-weight -inf"
         _refuse(batch.live, [(covered & (log_tail > NEG_INF), lambda _: reason)])
         return
@@ -85,7 +86,7 @@ def _check_divergence_is_finite(batch: Batch, vocab: int, direction: Direction) 
     _refuse(
         batch.live,
         [
-            (kept.any(1) & (log_tail == NEG_INF), lambda _: no_tail),
+            (kept.any(1) & ~covered & (log_tail == NEG_INF), lambda _: no_tail),
             ((kept & (log_kept == NEG_INF)).any(1), lambda _: weightless),
         ],
     )

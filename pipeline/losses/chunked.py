@@ -70,7 +70,8 @@ def linear_sparse_kd(
     targets of the same N positions; a row without entries and without tail contributes CE alone. None
             only with gamma = 0, which is then plain cross-entropy; with targets, gamma = 0 still reports `kl`
     gamma   >= 0; temperature T > 0. gamma T^2 scales the loss and its gradient alike
-    direction  "reverse" needs a tail in every row with ids: elsewhere the teacher's weight is 0
+    direction  "reverse" needs a tail in every row with ids that do not cover the vocabulary: elsewhere the
+               teacher's weight is 0
     implementation  of a chunk's loss and gradient: "chunked" in torch, "triton" by `triton_kernels.sparse_kl`
             (CUDA, forward KL, no float64). "auto" takes "chunked" until the kernel has been run on a GPU
     softcap > 0: logits become softcap * tanh(logits / softcap), bias included (Gemma's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,12 @@ from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 from ddk_pipe.stages.distill.schedules import gamma_at, learning_rate
 from ddk_pipe.stages.distill.sources import Batch, Source
 from ddk_pipe.stages.distill.world import Wrapped
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of what is drawn at random within a step: a pure function, so that a run that is continued draws the same."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
 
 
 class Stepper:
@@ -45,6 +52,8 @@ class Stepper:
         """
         began = time.monotonic()
         self.wrapped.module.train()
+        # dropout and its like draw from torch's own generators, of the CPU and of every device
+        torch.manual_seed(step_seed(self.options.seed, done, self.world.rank))
         rate, gamma = learning_rate(self.options, done), gamma_at(self.options, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

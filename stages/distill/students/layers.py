@@ -12,12 +12,9 @@ from ddk_pipe.pipeline.models import decoder_of, text_config
 from ddk_pipe.stages.distill.students.layer_settings import cut_settings
 
 FIELD = "student.keep_layers"
-NUMBERS = (
-    "layer_idx",
-    "layer_id",
-    "layer_number",
-    "layer_index",
-)  # attention looks up its key-value cache by it
+# what a layer knows itself by: attention looks up its key-value cache with it
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index")
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers")  # what some modules copy from their configuration
 
 
 def keep_layers(lm: Any, keep: list[int]) -> None:
@@ -37,6 +34,10 @@ def keep_layers(lm: Any, keep: list[int]) -> None:
     for name, layers in list(parent.named_children()):
         if isinstance(layers, nn.ModuleList) and len(layers) == depth:
             setattr(parent, name, _kept(layers, keep))
+    for module in decoder_of(lm).modules():
+        for name in DEPTHS:
+            if getattr(module, name, None) == depth:
+                setattr(module, name, len(keep))
 
 
 def _kept(layers: nn.ModuleList, keep: list[int]) -> nn.ModuleList:

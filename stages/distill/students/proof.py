@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddk_pipe.pipeline.errors import DdkError, reason
 from ddk_pipe.pipeline.models import load_causal_lm, load_tokenizer, probe_logits, read_config
@@ -19,7 +18,8 @@ from ddk_pipe.stages.distill.students.saving import save_student
 # Of the largest logit: the same float32 weights and code on the same machine, so that only the order of sums differs.
 TOLERANCE = 1e-5
 SIMPLE = (bool, int, float, str, type(None))
-OWN = ("training", "name_or_path")  # what two copies of one model may differ in
+# What two copies of one model may differ in; the last is Gemma 4's, of keys and values that other layers are to share.
+OWN = ("training", "name_or_path", "store_full_length_kv")
 
 
 def prove_saved(lm: Any, tokenizer: Any, place: Path, *, field: str, trust_remote_code: bool = False) -> None:
@@ -69,39 +69,42 @@ def _differences(lm: Any, tokenizer: Any, folder: Path, options: dict[str, Any])
             .removeprefix(f"{options['field']}: ")
         )
         return
-    yield from _other_tensors(lm.state_dict(), back.state_dict())
+    yield from _other_tensors(lm, back)
     yield from _other_settings(lm, back)
     error, largest = float((mine - theirs).abs().max()), float(mine.abs().max())
     if error > TOLERANCE * max(largest, 1.0):
         yield f"logits of eight tokens differ by {error:.2g}"
     if tokenizer_digest(reread) != tokenizer_digest(tokenizer):
-        yield "its tokenizer is another"
+        yield f"its tokenizer is read as {type(reread).__name__}, which makes other tokens of text"
 
 
-def _other_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[str]:
-    for name in sorted(mine.keys() ^ theirs.keys()):
+def _other_tensors(mine: Any, theirs: Any) -> Iterator[str]:
+    """Those that are saved, and those that each makes of its configuration, where both have them."""
+    saved, back = mine.state_dict(), theirs.state_dict()
+    for name in sorted(saved.keys() ^ back.keys()):
         yield f"{name} is in one of them alone"
-    for name in mine.keys() & theirs.keys():
-        if mine[name].shape != theirs[name].shape:
-            yield f"{name} is {list(theirs[name].shape)}, not {list(mine[name].shape)}"
-        elif not torch.allclose(mine[name], theirs[name], rtol=0, atol=0, equal_nan=True):
+    saved |= dict(mine.named_buffers())
+    back |= dict(theirs.named_buffers())
+    for name in sorted(saved.keys() & back.keys()):
+        if saved[name].shape != back[name].shape:
+            yield f"{name} is {list(back[name].shape)}, not {list(saved[name].shape)}"
+        elif not torch.allclose(saved[name], back[name], rtol=0, atol=0, equal_nan=True):
             yield f"{name} has other values"
 
 
 def _other_settings(mine: Any, theirs: Any) -> Iterator[str]:
-    """What modules were told when they were made, as far as it is plain values."""
+    """What modules were told when they were made, as far as it is plain values that both know."""
     others = dict(theirs.named_modules())
     for name, module in mine.named_modules():
         told, back = _told(module), _told(others[name]) if name in others else {}
-        for setting in sorted(told.keys() | back.keys()):
-            one, other = repr(told.get(setting)), repr(back.get(setting))  # as NaN equals NaN
-            if one != other:
-                yield f"{setting} of {name or 'the model'} is {other}, not {one}"
+        for setting in sorted(told.keys() & back.keys()):
+            if told[setting] != back[setting]:
+                yield f"{setting} of {name or 'the model'} is {back[setting]}, not {told[setting]}"
 
 
-def _told(module: Any) -> dict[str, Any]:
+def _told(module: Any) -> dict[str, str]:
     return {
-        name: value
+        name: repr(value)  # NaN is told as NaN
         for name, value in vars(module).items()
         if not name.startswith("_") and name not in OWN and isinstance(value, SIMPLE)
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,23 @@ from tiny import make_tokenizer, write_project
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.evaluate import evaluate
 
 APART = 1e-4  # nats per token, in float32
 
 
-def outcome_of(architecture: Architecture, folder: Path) -> str:
-    """Trains two steps and evaluates: "equal", by how much the CE differs, or why it was refused."""
+def outcome_of(architecture: Architecture, folder: Path, cached_output: Path) -> str:
+    """Trains two steps and evaluates: "equal", by how much the CE differs, or why it was refused.
+
+    The targets are another model's: one cache for all, of the same tokenizer.
+    """
     tokenizer = make_tokenizer(folder / "teacher")
     teacher = make_teacher(architecture, folder / "teacher", vocab_size=len(tokenizer.get_vocab()))
     loop: dict[str, Any] = {"steps": 2, "batch_tokens": 64, "interval_steps": 2, "validation_windows": 999}
-    sections = {"seq_len": 16, "cache": {"shard_windows": 512}, "distill": loop}
-    path = write_project(folder, teacher, student={"keep_layers": list(architecture.keep)}, **sections)
-    for file in (folder / "text").iterdir():
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:24]))
+    path = write_project(folder, teacher, student={"keep_layers": list(architecture.keep)}, distill=loop)
+    shutil.copytree(cached_output, folder / "out")
     project = load_project(path)
-    cache_teacher(project)
     try:
         distill(project)
     except DdkError as refusal:
@@ -49,9 +50,14 @@ def test_there_are_42_of_them_each_once() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
 def test_the_saved_student_is_the_one_that_was_trained_or_is_refused_before_step_1(
-    architecture: Architecture, tmp_path: Path, request: pytest.FixtureRequest, record_property: Any
+    architecture: Architecture,
+    ram: Path,
+    cached_output: Path,
+    request: pytest.FixtureRequest,
+    record_property: Any,
 ) -> None:
-    outcome = outcome_of(architecture, tmp_path)
+    with tempfile.TemporaryDirectory(dir=ram) as folder:
+        outcome = outcome_of(architecture, Path(folder), cached_output)
     record_property("outcome", outcome)
     if reporter := request.config.pluginmanager.get_plugin("terminalreporter"):
         reporter.write_line(f"\n{architecture.name:22} {outcome}")

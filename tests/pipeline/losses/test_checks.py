@@ -64,6 +64,13 @@ def test_reverse_kl_needs_a_tail_and_no_weightless_id(call: Any) -> None:
     assert_equals_reference(case, gamma=1.0, temperature=2.0)
 
 
+def test_reverse_kl_of_ids_that_cover_the_vocabulary_needs_no_tail() -> None:
+    case = make_case("topk", vocab=11, k=11)
+    case.targets.tail[:] = NEG_INF
+    assert bool((case.targets.ids >= 0).all())
+    assert_equals_reference(case, gamma=1.0, temperature=2.0, direction="reverse")
+
+
 @pytest.mark.parametrize("call", [linear, dense])
 @pytest.mark.parametrize(
     ("options", "match"),

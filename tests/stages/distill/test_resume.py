@@ -17,7 +17,7 @@ from ranks import distill_command, finish, kill_when, start_ranks
 from runs import assert_same_bits, order_of, rows_of, weights_of
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.manifest import Project, Student, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.intervals import end_interval
@@ -25,7 +25,7 @@ from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.run import Run
-from ddk_pipe.stages.distill.step import Stepper
+from ddk_pipe.stages.distill.step import Stepper, step_seed
 
 STEPS, INTERVAL, CHECKPOINT = 14, 5, 2
 SETS = (
@@ -104,6 +104,44 @@ def test_two_ranks_resume_to_the_same_bits_and_other_numbers_in_the_same_order(
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         for weight, value in weights_of(run).items():
             torch.testing.assert_close(value, weights_of(alone)[weight], rtol=1e-3, atol=1e-4)
+
+
+# --- what is drawn at random ------------------------------------------------------------------------
+
+
+def test_a_steps_draws_are_of_seed_step_and_rank_alone() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(5) for rank in range(5)}
+    assert len(seeds) == 125 and max(seeds) < 2**63
+    assert step_seed(1, 11, 0) != step_seed(11, 1, 0) and step_seed(0, 3, 1) == step_seed(0, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_with_dropout_goes_on_to_the_same_bits(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """A fresh student, of the dropout that its kind has unasked; in micro batches."""
+    gpt2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sets = ["distill.micro_batch_windows=2", f"distill.activation_checkpointing={str(checkpointing).lower()}"]
+
+    def run(name: str) -> Project:
+        project = load_project(cached, [*sets, f"distill.name={name}"])
+        student = Student(config={**gpt2, "bos_token_id": 0, "eos_token_id": 0})
+        return Project(project.manifest.model_copy(update={"student": student}), project.root)
+
+    distill(run("whole"))
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        distill(run("cut"))
+    torch.manual_seed(123)  # another process begins elsewhere
+    distill(run("cut"))
+    assert_same_bits(run_folder(cached, "whole"), run_folder(cached, "cut"))
+    rows = rows_of(run_folder(cached, "whole"), "steps")
+    gpt2.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    distill(run("without"))
+    assert rows[0]["loss"] != rows_of(run_folder(cached, "without"), "steps")[0]["loss"], (
+        "nothing was dropped"
+    )
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -195,6 +195,18 @@ def test_reverse_kl_online(cached: Path) -> None:
     assert all(row["kl"] > 0 for row in read_rows(folder, "steps"))
 
 
+@pytest.mark.slow
+def test_reverse_kl_of_targets_that_name_every_token_needs_no_tail(make_project: MakeProject) -> None:
+    from ddk_pipe.stages.cache_teacher import cache_teacher
+
+    manifest = make_project(cache={"scheme": "topk", "k": 1000, "shard_windows": 16})
+    cache_teacher(load_project(manifest))
+    _, folder = run(manifest, "distill.direction=reverse")
+    _, online = run(manifest, "distill.direction=reverse", "distill.targets=online", "distill.name=online")
+    rows, theirs = (read_rows(each, "steps") for each in (folder, online))
+    assert [row["kl"] for row in rows] == pytest.approx([row["kl"] for row in theirs], rel=2e-3)
+
+
 def test_a_teacher_that_fails_in_a_step_is_one_line(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint names what its batch is here."""
 

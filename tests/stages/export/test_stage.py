@@ -134,3 +134,16 @@ def test_real_vllm_generates_the_same_greedy_tokens(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "said.json").read_text()) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generation_settings_that_transformers_refuses_are_left_out_and_said(
+    run: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9}
+    (run / "student" / "generation_config.json").write_text(json.dumps(settings))
+    status, said = call("export", run, "--to", tmp_path / "given", "--dtype", dtype)
+    assert status == 0 and said.count("export: generation_config.json goes without temperature") == 1
+    given = json.loads((tmp_path / "given" / "generation_config.json").read_text())
+    assert "temperature" not in given and given["max_new_tokens"] == 9

@@ -43,10 +43,11 @@ from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.distill import sparse_batch
+from ddk_pipe.stages.distill.identity import begin
 from ddk_pipe.stages.distill.parts import Parts
-from ddk_pipe.stages.distill.position import settings_of
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source
+from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.teachers.hf import HfTeacher
 
 DOMAINS = ("python_code", "documentation", "plays")
@@ -97,7 +98,7 @@ class KnownOnline(OnlineSource):
 
 class OnlineParts(Parts):
     def _source(self) -> Source:
-        return KnownOnline(self.project, self.device, lead=True, wait=self.world.wait)
+        return KnownOnline(self.project, self.device)
 
 
 KINDS: dict[str, type[Parts]] = {"online": OnlineParts}
@@ -177,8 +178,10 @@ def final_losses(manifest: Path, judge: Judge, variant: str, seed: int) -> tuple
     """Validation CE and KL after the last step of one run."""
     sets = [*SETS[variant], f"distill.seed={seed}", f"distill.name={variant}-{seed}"]
     project = load_project(manifest, sets)
+    if project.manifest.distill.targets == "online":
+        prepare(project)
     parts = KINDS.get(variant, Parts)(project)
-    Run(parts, settings_of(project)).go()
+    Run(parts, begin(project)).go()
     shutil.rmtree(project.run)
     return judge.losses(parts.student.lm)
 

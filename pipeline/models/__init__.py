@@ -4,7 +4,7 @@ Whatever loads a causal language model (teacher, student, evaluate, export) does
 """
 
 from ddk_pipe.pipeline.models.configs import be_quiet, check_length, read_config, text_config
-from ddk_pipe.pipeline.models.folders import model_folder, weights_digest
+from ddk_pipe.pipeline.models.folders import model_folder, model_here, weights_digest, weights_files
 from ddk_pipe.pipeline.models.generation import mend_generation
 from ddk_pipe.pipeline.models.loading import load_causal_lm
 from ddk_pipe.pipeline.models.probes import (
@@ -27,9 +27,11 @@ __all__ = [
     "load_tokenizer",
     "mend_generation",
     "model_folder",
+    "model_here",
     "probe_logits",
     "read_config",
     "text_config",
     "tokenizer_of_model",
     "weights_digest",
+    "weights_files",
 ]

@@ -46,19 +46,38 @@ def _snapshot(name: str, *, field: str, revision: str | None) -> Path:
         ) from None
 
 
+def model_here(name: str, *, revision: str | None = None) -> Path | None:
+    """The folder of a model if it is on this machine, else None: nothing is downloaded, nothing checked."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith(("/", "./", "../", "~")):
+            return None
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except Exception:  # noqa: BLE001 - not there, no id: the library has many kinds
+            return None
+    there = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return folder if there else None
+
+
 def weights_digest(folder: Path) -> str:
     """Fingerprint of a model: the content of its configuration, of every weight file and of its own code.
 
     Code is every *.py in the folder and below it (`trust_remote_code` runs it: it says what the weights mean); hidden
     folders (.git, .cache) are no part of the model. Models without code have the digests they had before.
     """
+    files = [
+        [path.relative_to(folder).as_posix(), durable.file_digest(path)] for path in weights_files(folder)
+    ]
+    return durable.digest(json.dumps(files).encode())
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files that `weights_digest` is of: configuration, weights, code."""
     code = (path for path in folder.rglob("*.py") if not _is_hidden(path.relative_to(folder)))
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(code)]
-    return durable.digest(
-        json.dumps(
-            [[path.relative_to(folder).as_posix(), durable.file_digest(path)] for path in files]
-        ).encode()
-    )
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(code)]
 
 
 def _is_hidden(path: Path) -> bool:

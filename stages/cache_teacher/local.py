@@ -17,11 +17,11 @@ from multiprocessing.process import BaseProcess
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cache_teacher.maker import DEPTH, Job, ShardMaker, ShardReport, Stopped, portable
-from ddk_pipe.stages.common import gone_in_time, prepare_cpu
+from ddk_pipe.stages.common import gone_in_time, grace_seconds, prepare_cpu
 
 Report = Callable[[ShardReport], None]
 STARTS_PER_WORKER = 4  # the first and three more: a worker that dies again and again is no accident
-LEAVE_SECONDS = 20.0  # for a worker to write what it has
+LEAVE_SHARE = 0.8  # of the grace, for a worker to write what it has
 
 
 def run(job: Job, shards: list[Shard], report: Report, advance: Callable[[int, str], None]) -> None:
@@ -155,7 +155,7 @@ def _dismiss(crew: list[_Worker]) -> None:
     """Without a connection a worker drops the teacher's shard, writes the others and leaves."""
     for worker in crew:
         worker.connection.close()
-    gone_in_time((worker.process for worker in crew), LEAVE_SECONDS)
+    gone_in_time((worker.process for worker in crew), LEAVE_SHARE * grace_seconds())
 
 
 def _serve(job: Job, connection: Connection) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cache_teacher.maker import DEPTH, Job, ShardMaker, ShardReport, portable
-from ddk_pipe.stages.common import connect, prepare_cpu, say
+from ddk_pipe.stages.common import connect, grace_seconds, prepare_cpu, say
 
 MAX_RESTARTS = 20  # of one actor: spot instances come and go
-LEAVE_SECONDS = 20.0  # for actors to write what they have
+LEAVE_SHARE = 0.8  # of the grace, for actors to write what they have
 
 
 class Actor:
@@ -123,7 +123,7 @@ def _dismiss(ray: Any, crew: list[_Worker]) -> None:
     calls = [call for worker in crew for call in worker.flights]
     for worker in crew:
         worker.handle.stop.options(max_task_retries=0).remote()
-    deadline = time.monotonic() + (LEAVE_SECONDS if calls else 0.0)
+    deadline = time.monotonic() + (LEAVE_SHARE * grace_seconds() if calls else 0.0)
     with suppress(Exception):
         ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()))
     for worker in crew:

@@ -3,23 +3,27 @@
 Knows no command.
 """
 
+from ddk_pipe.stages.common.locking import alone
 from ddk_pipe.stages.common.machine import SPREAD, peak_memory_bytes, pick_device, pick_dtype, prepare_cpu
 from ddk_pipe.stages.common.progress import Tracker, clock, console, say, track
 from ddk_pipe.stages.common.ray_cluster import connect
 from ddk_pipe.stages.common.record import (
     EVALUATION,
     RunRecord,
+    check_student,
     domain_rows,
     evaluation_tables,
     is_run,
     load_run,
+    read_student_record,
+    write_student_record,
 )
 from ddk_pipe.stages.common.stopping import (
-    GRACE_SECONDS,
     StopFlag,
     StoppedEarly,
     Terminated,
     gone_in_time,
+    grace_seconds,
     stop_flag,
     stops_in_time,
 )
@@ -27,7 +31,6 @@ from ddk_pipe.stages.common.tables import TableData, new_table, perplexity, show
 
 __all__ = [
     "EVALUATION",
-    "GRACE_SECONDS",
     "SPREAD",
     "RunRecord",
     "StopFlag",
@@ -35,12 +38,15 @@ __all__ = [
     "TableData",
     "Terminated",
     "Tracker",
+    "alone",
+    "check_student",
     "clock",
     "connect",
     "console",
     "domain_rows",
     "evaluation_tables",
     "gone_in_time",
+    "grace_seconds",
     "is_run",
     "load_run",
     "new_table",
@@ -49,10 +55,12 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "prepare_cpu",
+    "read_student_record",
     "say",
     "show_table",
     "stop_flag",
     "stops_in_time",
     "terminal",
     "track",
+    "write_student_record",
 ]

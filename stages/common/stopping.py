@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import NoReturn
@@ -15,7 +15,13 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.stages.common.progress import console
+
+GRACE = "DDK_PIPE_GRACE_SECONDS"  # of the environment: who sends SIGTERM says how long they wait, not the manifest
 GRACE_SECONDS = 25.0  # to finish or drop what is under way; whoever sends SIGTERM usually waits 30 s
+MOST_GRACE_SECONDS = 7 * 24 * 3600.0
+DROPPED = "what was not finished by then is made again"
 TERMINATED, INTERRUPTED = 143, 130  # exit statuses: 128 + the signal
 
 
@@ -31,14 +37,34 @@ class StoppedEarly(Exception):
         self.step = step
 
 
+def grace_seconds() -> float:
+    """How long a command may take to stop, in seconds: DDK_PIPE_GRACE_SECONDS of the environment, else GRACE_SECONDS.
+
+    Raises DdkError for a value that is no such number.
+    """
+    text = os.environ.get(GRACE, "").strip()
+    try:
+        seconds = float(text) if text else GRACE_SECONDS
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= MOST_GRACE_SECONDS:
+        raise DdkError(
+            f"{GRACE}={text[:40]}: not a number of seconds above 0",
+            hint=f"set it to somewhat less than what is waited after SIGTERM, or leave it out ({GRACE_SECONDS:g})",
+        )
+    return seconds
+
+
 @contextmanager
-def stops_in_time(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
-    """Inside, SIGTERM raises Terminated in the main thread. After it or Ctrl-C the process is gone in time, also
-    if something (a long forward pass) does not come to an end: what is not committed then is made again."""
+def stops_in_time(seconds: float | None = None) -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated in the main thread. After it or Ctrl-C the process is gone in time (`seconds`;
+    None: `grace_seconds()`), also if something (a long forward pass) does not come to an end: what is not committed
+    then is made again."""
+    grace = grace_seconds() if seconds is None else seconds
 
     def stop(number: int, frame: FrameType | None) -> None:
         terminated = number == signal.SIGTERM
-        _leave_after(grace_seconds, TERMINATED if terminated else INTERRUPTED)
+        _leave_after(grace, TERMINATED if terminated else INTERRUPTED)
         raise Terminated if terminated else KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -56,6 +82,10 @@ class StopFlag:
         self.asked = False
         self.terminated = False
         self.agreed = False  # what every process knows: never act on `asked` where others wait for this one
+        self.grace = grace_seconds()
+        self.last_words: Callable[[], str] = lambda: (
+            DROPPED
+        )  # of a process that has not come to an end by then
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler. The second Ctrl-C stops at once."""
@@ -63,7 +93,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.asked, self.terminated = True, number == signal.SIGTERM
         if self.terminated:
-            _leave_after(GRACE_SECONDS, TERMINATED)
+            _leave_after(self.grace, TERMINATED, lambda: self.last_words())
 
     def anywhere(self, add_up: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> bool:
         """True, on every process at the same call, if one of them was asked to stop; `add_up` sums over them."""
@@ -101,7 +131,16 @@ def gone_in_time(processes: Iterable[BaseProcess], seconds: float) -> None:
             process.join()
 
 
-def _leave_after(seconds: float, status: int) -> None:
-    timer = threading.Timer(seconds, os._exit, [status])
+def _leave_after(seconds: float, status: int, last_words: Callable[[], str] = lambda: DROPPED) -> None:
+    """End the process then, whatever it does: its last line says so, and what is left."""
+
+    def leave() -> None:
+        with suppress(Exception):  # it ends, whatever there is to say
+            if not console.quiet:
+                line = f"ddk-pipe: not stopped within {seconds:g} s ({GRACE}), so ended; {last_words()}"
+                os.write(2, f"{' '.join(line.split())}\n".encode())  # no lock that a busy thread may hold
+        os._exit(status)
+
+    timer = threading.Timer(seconds, leave)
     timer.daemon = True
     timer.start()

@@ -78,10 +78,13 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_best: bool,
+        stable_steps: int = 0,
     ) -> None:
+        """`stable_steps`: up to there a longer run would take the same steps (`schedules.stable_steps`)."""
         self.folder, self.wrapped, self.optimizer = folder, wrapped, optimizer
         self.world = wrapped.world
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.stable_steps = stable_steps
         self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
 
     def save(self, position: dict[str, Any]) -> None:
@@ -171,6 +174,7 @@ class Checkpoints:
         best = self.best(found)
         if self.keep_best and best:
             kept.add(best.folder)
+        kept |= {one.folder for one in self._extensible(found)}
         for one in found:
             if one.folder not in kept:
                 _remove(one.folder)
@@ -185,6 +189,10 @@ class Checkpoints:
             except (OSError, ValueError, RecursionError) as problem:
                 raise _damaged(folder, problem) from None
         return out
+
+    def last_name(self) -> Path | None:
+        """Where the newest one is, unread; None if there is none."""
+        return max(self.folder.glob("step-*"), default=None)
 
     def _refuse_link(self) -> None:
         """What is in this folder is removed without asking, so it is the run's own."""
@@ -216,11 +224,22 @@ class Checkpoints:
             raise _damaged(found.folder, _cause(problem)) from None
 
     def clear(self) -> None:
-        """Remove them all: the run is finished."""
+        """The run is finished: remove them all but the one that a longer run would go on from."""
         self.settle()
         self.world.wait()
-        if self.world.leads:
+        if not self.world.leads:
+            return
+        found = self.found()
+        kept = self._extensible(found)
+        for one in found if kept else []:
+            if one not in kept and not (self.keep_best and one == self.best(found)):
+                _remove(one.folder)
+        if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _extensible(self, found: list[Found]) -> list[Found]:
+        """The latest of those that a longer run would have come by too; none for schedules that know their end."""
+        return [one for one in found if one.step <= self.stable_steps][-1:]
 
     def sweep(self) -> None:
         """Remove what a killed process left."""

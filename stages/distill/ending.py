@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 import ddk_pipe
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import peak_memory_bytes, say
+from ddk_pipe.stages.common import peak_memory_bytes, read_student_record, say, write_student_record
+from ddk_pipe.stages.distill.identity import Identity
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
+from ddk_pipe.stages.distill.schedules import stable_steps
 from ddk_pipe.stages.distill.students import save_student
 
 
-def finish(parts: Parts, position: Position) -> dict[str, Any]:
+def finish(parts: Parts, position: Position, identity: Identity) -> dict[str, Any]:
     """Save the student, then run.json, which marks the run as finished, and remove the checkpoints; returns the summary."""
-    _save_student(parts, "student")
-    best = _save_best(parts, position)
+    student = _save_student(parts, "student", identity)
+    best = _save_best(parts, position, identity)
     tokens = position.step * parts.tokens_per_step
     summary = {
         "settings": position.settings,
@@ -35,6 +39,7 @@ def finish(parts: Parts, position: Position) -> dict[str, Any]:
         "warnings": position.warnings,
         "cache_fingerprint": parts.source.fingerprint,
         "tokenizer_digest": parts.source.tokenizer_digest,
+        "student": student,  # as the file beside its weights says
         "manifest": parts.project.manifest.model_dump(mode="json"),
         "versions": _versions(),
     }
@@ -42,16 +47,42 @@ def finish(parts: Parts, position: Position) -> dict[str, Any]:
         durable.write_file(parts.project.run / "run.json", durable.to_json(summary))
     parts.checkpoints.clear()
     say(f"distill: the student is at {parts.project.run / 'student'}")
+    if stable_steps(parts.options) and parts.world.leads and (found := parts.checkpoints.found()):
+        say(f"distill: {found[-1].folder} is kept, for a run that is to have more steps (distill.steps)")
     return summary
 
 
-def _save_student(parts: Parts, name: str) -> None:
+def _save_student(parts: Parts, name: str, identity: Identity) -> dict[str, Any] | None:
+    """Returns the record that lies beside its weights; None on processes other than the first."""
     weights = parts.wrapped.weights()
-    if parts.world.leads:
-        save_student(parts.student.lm, parts.tokenizer, parts.project.run / name, weights=weights)
+    if not parts.world.leads:
+        return None
+    folder = parts.project.run / name
+    facts = _origin(parts, identity)
+    write = functools.partial(write_student_record, facts=facts)
+    save_student(parts.student.lm, parts.tokenizer, folder, weights=weights, record=write)
+    return read_student_record(folder)
 
 
-def _save_best(parts: Parts, position: Position) -> int | None:
+def _origin(parts: Parts, identity: Identity) -> dict[str, Any]:
+    """What a student is made of, for its record: no path of this machine is in it, for it is given away."""
+    made_of, teacher = identity.made_of, parts.project.manifest.teacher.model
+    weights = made_of["cache"]["teacher"].get("weights_digest") if "cache" in made_of else made_of["teacher"]
+    return {
+        "teacher": PurePath(teacher).name if _is_folder(parts.project.teacher_model) else teacher,
+        "teacher_weights": weights,
+        "cache_fingerprint": parts.source.fingerprint,
+        "tokenizer_digest": parts.source.tokenizer_digest,
+        "started_from": made_of["student"],
+        "settings": identity.settings_digest,
+    }
+
+
+def _is_folder(model: str) -> bool:
+    return model.startswith(("/", "~", "./", "../")) or Path(model).is_dir()
+
+
+def _save_best(parts: Parts, position: Position, identity: Identity) -> int | None:
     """Save the best checkpoint's student as best/, if one is kept and it is not the last; returns its step."""
     if not parts.options.keep_best:
         return None
@@ -60,7 +91,7 @@ def _save_best(parts: Parts, position: Position) -> int | None:
     if best is None or best.step == position.step:
         return position.step
     parts.checkpoints.load(best)
-    _save_student(parts, "best")
+    _save_student(parts, "best", identity)
     return best.step
 
 

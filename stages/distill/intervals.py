@@ -6,6 +6,7 @@ import numpy as np
 
 from ddk_pipe.pipeline import mixing
 from ddk_pipe.stages.common import say
+from ddk_pipe.stages.distill.identity import Identity
 from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
@@ -16,7 +17,7 @@ from ddk_pipe.stages.distill.validation import Outcome
 FIRST_WEIGHTS: dict[str, mixing.InitialDraw] = {"ddk": "ddk", "ddk_unsmoothed": "ddk", "natural": "natural"}
 
 
-def begin_first(parts: Parts, journal: Journal, settings: str) -> Position:
+def begin_first(parts: Parts, journal: Journal, identity: Identity) -> Position:
     """Measure the untrained student and take the first interval's shares from it."""
     outcome = parts.validation.run()
     own = FIRST_WEIGHTS.get(parts.options.mixing)
@@ -34,7 +35,8 @@ def begin_first(parts: Parts, journal: Journal, settings: str) -> Position:
         shares=shares.tolist(),
         student_ce=outcome.student_ce.tolist(),
         sampler=parts.sampler.state_dict(),
-        settings=settings,
+        settings=identity.settings_digest,
+        made_of=identity.made_of_digest,
     )
     _write_down(parts, journal, position, outcome)
     _warn_if_lopsided(parts, position, by_gaps=drawn_by == "ddk")
@@ -44,6 +46,7 @@ def begin_first(parts: Parts, journal: Journal, settings: str) -> Position:
 def end_interval(parts: Parts, journal: Journal, position: Position) -> None:
     """Validate, update the weights, checkpoint; `position` is then that of the next interval."""
     outcome = parts.validation.run()
+    position.cut_short(parts.options.steps, parts.options.interval_steps)
     gaps = outcome.student_ce - parts.teacher_ce
     before, position.student_ce = np.array(position.student_ce), outcome.student_ce.tolist()
     position.weights = parts.rule(

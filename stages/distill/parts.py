@@ -13,6 +13,7 @@ from ddk_pipe.pipeline.mixing import DomainSampler, mixing_rule
 from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
 from ddk_pipe.stages.distill.optimizer import make_optimizer
+from ddk_pipe.stages.distill.schedules import stable_steps
 from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
 from ddk_pipe.stages.distill.step import Stepper
 from ddk_pipe.stages.distill.students import (
@@ -62,12 +63,13 @@ class Parts:
             self.optimizer,
             keep_last=self.options.keep_last,
             keep_best=self.options.keep_best,
+            stable_steps=stable_steps(self.options),
         )
 
     def _source(self) -> Source:
         if self.options.targets == "cache":
             return CacheSource(self.project)
-        return OnlineSource(self.project, self.device, lead=self.world.leads, wait=self.world.wait)
+        return OnlineSource(self.project, self.device)
 
     def _student(self) -> DistillStudent:
         lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.storage import durable
 
@@ -22,6 +22,9 @@ FREE = {
 }
 
 
+BEGINNING = ("weights", "shares", "sampler", "student_ce")  # of an interval
+
+
 @dataclass
 class Position:
     """Where a run stands: enough, with the weights of model and optimizer, to go on as if never stopped."""
@@ -31,29 +34,38 @@ class Position:
     weights: list[float]  # state of the mixing rule, as of the current interval
     shares: list[float]  # what the current interval is drawn by
     sampler: dict[str, Any]  # before the current interval was drawn
-    settings: str  # digest of everything that must not change between start and resume
+    settings: str  # digest of what the manifest said that must not change between start and resume
     gap: float | None = None  # mean validation gap, nats per token, where it was measured at this very step
     finished: bool = False  # every gap was below stop_gap_nats
     student_ce: list[float] = field(default_factory=list)  # [domains], nats, at the last weight update
     warnings: list[str] = field(default_factory=list)  # what the user was told once, for the record
+    made_of: str = ""  # digest of what the run reads and starts from
+    cut: dict[str, Any] | None = None  # of a last interval that the end cut short: what it began with
+
+    def cut_short(self, steps: int, interval_steps: int) -> None:
+        """To be called where an interval ends: notes its beginning if the end of the run cut it."""
+        if self.step == steps and self.step % interval_steps:
+            self.cut = {name: getattr(self, name) for name in BEGINNING}
+
+    def going_on_to(self, steps: int) -> Position:
+        """This position; of a run that ended here and is to go on to `steps`, as if it had not ended."""
+        if self.cut is None or self.step >= steps:
+            return self
+        return replace(self, **self.cut, gap=None, finished=False, cut=None)
 
 
-def settings_of(project: Project) -> str:
-    """Digest of what must not change in a manifest between start and resume."""
+def settings_in(project: Project) -> dict[str, Any]:
+    """What must not change in a manifest between start and resume, as JSON has it."""
     manifest = project.manifest
-    student = manifest.student.model_dump() if manifest.student else None
     settings = {
         "distill": manifest.distill.model_dump(exclude=FREE),
-        "student": student,
+        "student": manifest.student.model_dump() if manifest.student else None,
         "domains": sorted(manifest.domains),
         "seq_len": manifest.seq_len,
     }
-    return durable.digest(durable.to_json(settings))
+    return dict(json.loads(durable.to_json(settings)))
 
 
-def other_settings(project: Project) -> DdkError:
-    """The refusal to go on with a run that was begun with other settings."""
-    return DdkError(
-        f"{project.run}: holds a run with other settings",
-        hint="set another distill.name, or delete that folder",
-    )
+def settings_of(project: Project) -> str:
+    """Its digest."""
+    return durable.digest(durable.to_json(settings_in(project)))

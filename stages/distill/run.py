@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.pipeline.mixing import check_weights
 from ddk_pipe.stages.common import StopFlag, StoppedEarly, say, stop_flag, track
 from ddk_pipe.stages.distill.ending import finish
+from ddk_pipe.stages.distill.identity import Identity
 from ddk_pipe.stages.distill.intervals import begin_first, end_interval
 from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
-from ddk_pipe.stages.distill.position import Position, other_settings
+from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.trackers import Trackers
 from ddk_pipe.stages.distill.windows import StepData, steps_of_windows
 
@@ -22,9 +24,9 @@ from ddk_pipe.stages.distill.windows import StepData, steps_of_windows
 class Run:
     """One student's training, on this process of its world."""
 
-    def __init__(self, parts: Parts, settings: str, is_bad: Callable[[int], bool] | None = None) -> None:
-        """`settings` is the digest of what must not change before a resume; `is_bad` as `distill` has it."""
-        self.parts, self.settings, self.is_bad = parts, settings, is_bad
+    def __init__(self, parts: Parts, identity: Identity, is_bad: Callable[[int], bool] | None = None) -> None:
+        """`identity` is what must not change before a resume; `is_bad` as `distill` has it."""
+        self.parts, self.identity, self.is_bad = parts, identity, is_bad
         self.options, self.world, self.checkpoints = parts.options, parts.world, parts.checkpoints
 
     def go(self) -> dict[str, Any]:
@@ -35,9 +37,10 @@ class Run:
         record = Record(project.run, last_step=position.step if position else -1, writes=self.world.leads)
         named = self.options.trackers if self.world.leads else []
         with stop_flag() as stop, Trackers.open(named, project, position) as trackers:
+            stop.last_words = self._last_words
             journal = Journal(record, trackers, self.checkpoints)
             if position is None:
-                position = begin_first(self.parts, journal, self.settings)
+                position = begin_first(self.parts, journal, self.identity)
             try:
                 self._train(position, journal, stop)
             finally:
@@ -45,7 +48,13 @@ class Run:
             if stop.agreed:
                 say(f"distill: stopped at step {position.step}; the same command continues there")
                 stop.leave()
-        return finish(self.parts, position)
+        return finish(self.parts, position, self.identity)
+
+    def _last_words(self) -> str:
+        """Of a run that could not be saved in time; looks at the disk alone."""
+        last = self.checkpoints.last_name()
+        where = f"goes on from {last}" if last else "begins anew, for no checkpoint was written yet"
+        return f"the same command {where}"
 
     def _resume(self) -> Position | None:
         found = self.checkpoints.found()
@@ -53,13 +62,19 @@ class Run:
             return None
         position = found[-1].position_as(Position, self._check)
         self.checkpoints.load(found[-1])
+        position = position.going_on_to(self.options.steps)
+        position.settings = self.identity.settings_digest
         say(f"distill: continuing at step {position.step} of {self.options.steps}")
         return position
 
     def _check(self, position: Position) -> None:
         """Raises DdkError for another run's, ValueError or TypeError for one that no run of ours has written."""
-        if position.settings != self.settings:
-            raise other_settings(self.parts.project)
+        known = (self.identity.settings_digest, *self.identity.extends)
+        if position.settings not in known or position.made_of != self.identity.made_of_digest:
+            raise DdkError(
+                f"{self.parts.project.run}: holds a checkpoint of another run (step {position.step})",
+                hint="set another distill.name, or delete that folder",
+            )
         for weights in (position.weights, position.shares):
             check_weights(np.array(weights), domains=len(self.parts.domains))
         self.parts.sampler.load_state_dict(position.sampler)

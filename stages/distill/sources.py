@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -107,13 +107,12 @@ class CacheSource:
 
 
 class OnlineSource:
-    """Windows of tokens/ and the teacher's whole distribution, predicted in the step. Prepares the text first.
+    """Windows of tokens/, which are there by now, and the teacher's whole distribution, predicted in the step.
 
     Its validation windows have the teacher's ONLINE_VALIDATION_K largest probabilities and a bucket, predicted once.
     """
 
-    def __init__(self, project: Project, device: torch.device, *, lead: bool, wait: Any) -> None:
-        from ddk_pipe.stages.prepare import prepare
+    def __init__(self, project: Project, device: torch.device) -> None:
         from ddk_pipe.stages.teachers import open_hf
 
         manifest = project.manifest
@@ -123,9 +122,6 @@ class OnlineSource:
         trust = manifest.teacher.trust_remote_code
         config = read_config(folder, field="teacher.model", trust_remote_code=trust)
         check_length(config, manifest.seq_len, field="teacher.model")
-        if lead:
-            prepare(project)
-        wait()
         tokenizer = load_tokenizer(project.tokenizer, field="tokenizer", trust_remote_code=trust)
         self.domains = list(manifest.domains)
         splits = {

@@ -7,31 +7,46 @@ continues a run that was stopped or killed, on the same number of processes to t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from ddk_pipe.pipeline.manifest import Project
-from ddk_pipe.stages.common import load_run, say
+from ddk_pipe.stages.common import alone, say
+from ddk_pipe.stages.distill.identity import Identity, begin, finished
 from ddk_pipe.stages.distill.parts import Parts
-from ddk_pipe.stages.distill.position import other_settings, settings_of
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.world import join_world
+from ddk_pipe.stages.prepare import prepare
 
 
 def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> dict[str, Any]:
     """Train, validate and save one student; returns the run's summary. A finished run is not repeated.
 
     `is_bad` is asked at each step that ended in a validation and a checkpoint, but for the last: true raises
-    StoppedEarly. Run again, the run is asked about that step again and goes on from there.
+    StoppedEarly. Run again, the run is asked about that step again and goes on from there. Raises DdkError if the
+    run's folder holds another run (settings, cache, teacher, what the student starts from), naming what differs, or
+    if another process trains in it.
     """
-    with join_world() as world:
-        done = project.run / "run.json"
-        settings = settings_of(project)
-        there = done.exists()
-        world.wait()  # or a process that comes late would see what the first has finished meanwhile
-        if not there:
-            return Run(Parts(project, world), settings, is_bad).go()
-        summary = load_run(project.run).summary or {}
-        if summary.get("settings") != settings:
-            raise other_settings(project)
+    with join_world() as world, ExitStack() as lock:
+        summary = world.of_leader(lambda: finished(project))
+        if summary is None:
+            world.of_leader(lambda: lock.enter_context(_alone(project)))
+            found = world.of_leader(
+                lambda: finished(project) or _begin(project)
+            )  # again, for it may be by now
+            if isinstance(found, Identity):
+                return Run(Parts(project, world), found, is_bad).go()
+            summary = found
         say(f"distill: nothing to do, {project.run} is finished")
         return dict(summary)
+
+
+def _alone(project: Project) -> AbstractContextManager[None]:
+    hint = "wait for it, or set another distill.name"
+    return alone(project.run, what="trains in this folder", hint=hint)
+
+
+def _begin(project: Project) -> Identity:
+    if project.manifest.distill.targets == "online":
+        prepare(project)
+    return begin(project)

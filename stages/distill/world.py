@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ddk_pipe.stages.common import console
 from ddk_pipe.stages.distill.said import meet
 from ddk_pipe.stages.distill.students import DistillStudent
 
+T = TypeVar("T")
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
@@ -66,6 +67,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def of_leader(self, ask: Callable[[], T]) -> T:
+        """What ask() returns on the first process, on all of them; they raise the DdkError that it raises too."""
+        answer: T | None = None
+        refusal: DdkError | None = None
+        if self.leads:
+            try:
+                answer = ask()
+            except DdkError as mistake:
+                refusal = mistake
+        answer, refusal = self.gather((answer, refusal))[0]
+        if refusal is not None:
+            raise refusal
+        return cast(T, answer)
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -30,6 +30,7 @@ from ddk_pipe.pipeline.text import VALIDATION, tokenizer_digest
 from ddk_pipe.stages.common import (
     EVALUATION,
     RunRecord,
+    check_student,
     evaluation_tables,
     is_run,
     load_run,
@@ -40,6 +41,7 @@ from ddk_pipe.stages.common import (
     track,
 )
 from ddk_pipe.stages.distill import DistillStudent, logit_softcap, sparse_batch, teacher_ce
+from ddk_pipe.stages.evaluate.origin import say_if_another
 
 Result = dict[str, Any]
 
@@ -61,7 +63,8 @@ def evaluate(place: Path, request: Request | None = None) -> Result:
     """Evaluate a run's student, or any model folder (then `cache` names the cache); print and, for a run, keep it.
 
     What is kept joins what was found earlier: {"builtin": ..., "tasks": {task: {metric: value}}, "versions": ...}.
-    Raises DdkError for a run without a student, another tokenizer than the cache's, an unknown task.
+    Raises DdkError for a run without a student, weights that are not those that it saved, another tokenizer than the
+    cache's, an unknown task.
     """
     request = request or Request()
     run = load_run(place) if is_run(place) else None
@@ -71,7 +74,10 @@ def evaluate(place: Path, request: Request | None = None) -> Result:
         )
     student = place / "student" if run else place
     folder = model_folder(str(student.absolute()), field="STUDENT")
+    record = check_student(folder, run.summary if run else None)
     cache = _cache(place, run, request)
+    if cache is not None:
+        say_if_another(place, record, read_spec(cache), cache.name)
     be_quiet()
     read_config(folder, field="STUDENT")
     tokenizer = load_tokenizer(str(folder), field="STUDENT")
@@ -114,6 +120,12 @@ def builtin(
     if tokenizer_digest(tokenizer) != spec.tokenizer_digest:
         raise DdkError(
             f"STUDENT: its tokenizer is not the one the cache at {cache.name} was made with",
+            hint="evaluate a student of this cache's teacher, or name another --cache",
+        )
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < spec.vocab_size:
+        raise DdkError(
+            f"STUDENT: a vocabulary of {rows:,}, the cache at {cache.name} holds {spec.vocab_size:,} ids",
             hint="evaluate a student of this cache's teacher, or name another --cache",
         )
     if logit_softcap(model) is None and not head_is_plain(model):

@@ -28,8 +28,11 @@ class CardOptions:
     teacher_licence: str | None = None
 
 
-def card(run: RunRecord, options: CardOptions, dtype: str) -> str:
-    """README.md of the exported folder: YAML metadata and Markdown. No path of this machine is in it."""
+def card(run: RunRecord, options: CardOptions, dtype: str, record: dict[str, Any] | None = None) -> str:
+    """README.md of the exported folder: YAML metadata and Markdown. No path of this machine is in it.
+
+    `record` says what the student was made of (ddk_pipe.json, beside its weights); the metadata holds it too.
+    """
     summary: dict[str, Any] = run.summary or {}
     manifest = summary.get("manifest", {})
     name = options.name or run.name
@@ -41,6 +44,7 @@ def card(run: RunRecord, options: CardOptions, dtype: str) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["distillation", "ddk-pipe"],
+        **({"ddk_pipe": record} if record is not None else {}),
     )
     body = "\n\n".join(_sections(run, options, manifest, name, dtype))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").content)

@@ -19,7 +19,8 @@ from ddk_pipe.pipeline.models import (
     read_config,
 )
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import RunRecord, load_run, say
+from ddk_pipe.pipeline.text import tokenizer_digest
+from ddk_pipe.stages.common import RunRecord, check_student, load_run, say, write_student_record
 from ddk_pipe.stages.export.card import CardOptions, card
 
 EXPORTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
@@ -46,7 +47,7 @@ class Target:
 def export(place: Path, target: Target, options: CardOptions) -> Path:
     """Write the model folder: weights (safetensors), tokenizer, generation config, README.md.
 
-    Raises DdkError for a run that is not finished, a folder that exists, and, before anything is written, for a push
+    Raises DdkError for a run that is not finished, weights that are not those that it saved, a folder that exists, and, before anything is written, for a push
     without a licence or a login.
     """
     target.check()
@@ -78,13 +79,21 @@ def _write(run: RunRecord, student: Path, folder: Path, target: Target, options:
     model_folder(str(student.absolute()), field="the student")
     read_config(student, field="the student")
     tokenizer = load_tokenizer(str(student), field="the student")
+    record = check_student(student, run.summary)
+    if record is not None and tokenizer_digest(tokenizer) != record["tokenizer_digest"]:
+        raise DdkError(
+            f"{student}: its tokenizer is not the one that the run saved",
+            hint="bring its files back, or train again",
+        )
     if target.dtype == "float32":
         shutil.copytree(student, folder, ignore=_not_the_model)
     else:
         _save_as(student, folder, target.dtype)
         tokenizer.save_pretrained(folder)
     _generation_config(student, tokenizer).save_pretrained(folder)
-    (folder / "README.md").write_text(card(run, options, target.dtype), encoding="utf-8")
+    if record is not None:  # of the weights as they are given away
+        record = write_student_record(folder, record)
+    (folder / "README.md").write_text(card(run, options, target.dtype, record), encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from ddk_pipe.stages.common import GRACE_SECONDS, gone_in_time, say, stops_in_time
+from ddk_pipe.stages.common import gone_in_time, grace_seconds, say, stops_in_time
 from ddk_pipe.stages.sweep.run import Job, Outcome, run_one
 
 Report = Callable[[Outcome], None]
@@ -112,7 +112,7 @@ def _dismiss(crew: list[_Worker]) -> None:
             worker.process.terminate()
         with suppress(OSError):
             worker.connection.close()
-    gone_in_time((worker.process for worker in crew), GRACE_SECONDS)
+    gone_in_time((worker.process for worker in crew), grace_seconds())
 
 
 def _serve(connection: Connection) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import typer
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Sweep, load_sweep
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import new_table, say, stops_in_time, terminal
+from ddk_pipe.stages.common import alone, new_table, say, stops_in_time, terminal
 from ddk_pipe.stages.sweep.record import cache_changed, write_record
 from ddk_pipe.stages.sweep.run import Job, Outcome
 from ddk_pipe.stages.sweep.search import need_optuna, propose
@@ -66,7 +64,8 @@ def sweep(path: Path, request: Request | None = None) -> list[Row]:
         return list(state.rows.values())
     if plan.spec.search is not None:
         need_optuna()
-    with _alone(state.folder):
+    hint = "wait for it, or give the file another `name`"
+    with alone(state.folder, what="runs this sweep", hint=hint):
         caches = write_record(state.folder, plan, state.runs, state.projects)
         left = list(state.left_tokens)
         for name in left:  # an earlier failure says nothing of the new attempt
@@ -123,24 +122,6 @@ def _announce(state: State, request: Request) -> None:
     done, stopped = state.count("finished"), state.count(STOPPED)
     more = f", {stopped} were stopped early" if stopped else ""
     say(f"sweep: {done} of {state.total} runs are finished{more}, {how}, {state.eta()}")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises DdkError if another process runs this sweep; the system frees the lock of one that was killed."""
-    durable.make_folder(folder)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DdkError(
-                f"{folder}: another process runs this sweep",
-                hint="wait for it, or give the file another `name`",
-            ) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _jobs(state: State, caches: dict[str, str | None], request: Request) -> Iterator[Job]:

@@ -27,7 +27,7 @@ from tiny import write_project
 from ddk_pipe.pipeline.cache import Shard, verify
 from ddk_pipe.pipeline.cache.leftovers import STALE_SECONDS
 from ddk_pipe.pipeline.storage import LocalFolder
-from ddk_pipe.stages.common import GRACE_SECONDS
+from ddk_pipe.stages.common import grace_seconds
 
 KILLS = 20
 
@@ -193,7 +193,7 @@ def blow(manifest: Path, number: int, *, shards: int, wait: float) -> int:
     process.join(wait)
     if process.is_alive():
         os.kill(process.pid or 0, number)
-    process.join(GRACE_SECONDS + 5)
+    process.join(grace_seconds() + 5)
     assert process.exitcode is not None, "it did not end in time"
     return process.exitcode
 

@@ -55,6 +55,7 @@ class Summary(_Read):
     parameters: int = 0
     peak_memory_bytes: int | None = None
     cache_fingerprint: Name | None = None
+    student: Facts | None = None
     manifest: _Manifest = _Manifest()
     versions: dict[Name, Name] = {}
 

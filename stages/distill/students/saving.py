@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,18 @@ def shared_tokenizer(project: Project, digest: str) -> Any:
     return loaded[0][2]
 
 
-def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:
+def save_student(
+    lm: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    record: Callable[[Path], object] | None = None,
+) -> None:
     """Write an ordinary Hugging Face model folder; it has its name only once it is whole.
 
-    `weights` by the names of the model's own state, where the model itself holds only shards of them.
+    `weights` by the names of the model's own state, where the model itself holds only shards of them. `record` is
+    called with the folder before it has its name, to put a file beside the weights.
     Raises OSError, naming the folder, for a disk that is full.
     """
     partial = durable.partial_name(folder)
@@ -50,6 +59,8 @@ def save_student(lm: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Te
         with durable.naming(folder):
             lm.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+        if record is not None:
+            record(partial)
         for path in partial.iterdir():
             path.chmod(0o644)  # transformers writes the weights for their owner alone
         shutil.rmtree(folder, ignore_errors=True)

@@ -206,7 +206,9 @@ def test_a_checkpoint_of_another_run_is_refused(cached: Path, monkeypatch: pytes
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         distill(load_project(cached))
-    with pytest.raises(DdkError, match=r"holds a run with other settings; set another distill\.name"):
+    with pytest.raises(
+        DdkError, match=r"with other settings \(distill\.gamma 0\.2, now 0\.5\); set another distill\.name"
+    ):
         distill(load_project(cached, ["distill.gamma=0.5"]))
     free = ["distill.keep_last=3", "distill.checkpoint_steps=2", "distill.activation_checkpointing=true"]
     assert distill(load_project(cached, free))["steps"] == 6  # these may change

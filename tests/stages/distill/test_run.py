@@ -20,6 +20,7 @@ from ddk_pipe.pipeline.manifest import Distill, load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.mixing import ddk, ddk_initial, learnability
 from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill.identity import Identity
 from ddk_pipe.stages.distill.intervals import begin_first
 from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
@@ -112,10 +113,10 @@ def test_one_domain_is_enough(make_project: MakeProject) -> None:
     assert {row["weight"] for row in read_rows(folder, "validation")} == {1.0}
 
 
-def far_behind_in_code(parts: Parts, journal: Journal, settings: str) -> Position:
+def far_behind_in_code(parts: Parts, journal: Journal, identity: Identity) -> Position:
     """begin_first of a student that is three nats further behind on the first domain than it is."""
     parts.teacher_ce = parts.teacher_ce - np.array([3.0, 0.0])
-    return begin_first(parts, journal, settings)
+    return begin_first(parts, journal, identity)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.stages.common import alone, say
-from ddk_pipe.stages.distill.identity import Identity, begin, finished
+from ddk_pipe.stages.distill.identity import Identity, begin, finished_run
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.world import join_world
@@ -28,11 +28,11 @@ def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> di
     if another process trains in it.
     """
     with join_world() as world, ExitStack() as lock:
-        summary = world.of_leader(lambda: finished(project))
+        summary = world.of_leader(lambda: finished_run(project))
         if summary is None:
             world.of_leader(lambda: lock.enter_context(_alone(project)))
             found = world.of_leader(
-                lambda: finished(project) or _begin(project)
+                lambda: finished_run(project) or _begin(project)
             )  # again, for it may be by now
             if isinstance(found, Identity):
                 return Run(Parts(project, world), found, is_bad).go()

@@ -67,6 +67,7 @@ def sweep(path: Path, request: Request | None = None) -> list[Row]:
     hint = "wait for it, or give the file another `name`"
     with alone(state.folder, what="runs this sweep", hint=hint):
         caches = write_record(state.folder, plan, state.runs, state.projects)
+        state.check_finished()
         left = list(state.left_tokens)
         for name in left:  # an earlier failure says nothing of the new attempt
             state.note(name).unlink(missing_ok=True)

@@ -54,6 +54,26 @@ class State:
             if not self._is_done(run.name):
                 self.left_tokens[run.name] = _tokens(project)
 
+    def check_finished(self) -> None:
+        """Every run that is finished is the one that the file asks for now; one that is to have more steps is left to run.
+
+        Raises DdkError, naming what differs. What is compared is what the runs themselves keep: a sweep's own folder
+        may be gone, and the manifest may have changed.
+        """
+        names = [name for name, row in self.rows.items() if row["status"] == "finished"]
+        if not names:
+            return
+        from ddk_pipe.stages.distill import finished_run
+
+        for name in names:
+            try:
+                summary = finished_run(self.projects[name])
+            except DdkError as mistake:
+                hint = "delete that folder to train it again, or give the sweep another `name`"
+                raise DdkError(mistake.message, hint=hint) from None
+            if summary is None:
+                self.left_tokens[name] = _tokens(self.projects[name])
+
     def _is_done(self, name: str) -> bool:
         """Finished; or stopped early by the rule that the file still has. Without it, it goes on where it stopped."""
         if self.rows[name]["status"] == STOPPED:

@@ -29,7 +29,7 @@ def made_of(project: Project, digests: Digests, *, finished: bool) -> Facts:
     else:
         spec = _spec(project, finished=finished)
         if spec is not None:
-            _same_teacher(project, spec, digests)
+            _same_teacher(project, spec, digests, finished=finished)
         read = _cached(project, spec)
     facts = {
         "domains": list(project.manifest.domains),  # weights and cursors are kept in this order
@@ -133,7 +133,7 @@ def _configuration(path: Path) -> str | None:
         return None
 
 
-def _same_teacher(project: Project, spec: CacheSpec, digests: Digests) -> None:
+def _same_teacher(project: Project, spec: CacheSpec, digests: Digests, *, finished: bool) -> None:
     """Raises DdkError if the manifest names another teacher than the cache's, by its weights.
 
     They are read only if its name is another one, or if the student starts from its layers: who trains from a cache
@@ -144,7 +144,7 @@ def _same_teacher(project: Project, spec: CacheSpec, digests: Digests) -> None:
         return
     folder = model_here(project.teacher_model, revision=named.revision)
     if folder is None:
-        if named.model != cached:
+        if named.model != cached and not finished:
             say(
                 f"distill: the cache at {project.cache} is of {cached}; whether that is teacher.model"
                 f" ({named.model}) cannot be told, for that is not on this machine"

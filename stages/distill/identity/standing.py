@@ -25,7 +25,7 @@ PARTS = {  # that a finished run may have lost, and in words
 }
 
 
-def finished(project: Project) -> dict[str, Any] | None:
+def finished_run(project: Project) -> dict[str, Any] | None:
     """The summary of the run if it is finished and what is asked for; None for one to begin, go on with or extend.
 
     Writes nothing. Raises DdkError, naming what differs, if the folder holds another finished run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from tiny import make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ddk_pipe.pipeline.cache import CacheReader
+from ddk_pipe.pipeline.cache import CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import VALIDATION
 from ddk_pipe.stages.cli import app
+from ddk_pipe.stages.common import read_student_record
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.evaluate import Request, evaluate
+from ddk_pipe.stages.evaluate.origin import say_if_another
 from ddk_pipe.stages.evaluate.stage import label_bytes
 from ddk_pipe.stages.report import report
 
@@ -171,3 +174,53 @@ def test_lm_eval_offline(project: Project, task_folder: Path) -> None:
     with pytest.raises(DdkError, match="lm-eval has no such task"):
         evaluate(project.run, Request(windows=1, tasks=("nothing_like_it",), task_folder=task_folder))
     assert "my_questions" in evaluate(project.run, Request(windows=1))["tasks"]  # earlier ones stay
+
+
+# --- what the student was made of -------------------------------------------------------------------
+
+
+def test_by_the_cache_of_another_teacher_is_said(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = read_spec(project.cache)
+    quiet = evaluate(project.run)["builtin"]
+    assert "was trained" not in capsys.readouterr().err
+    for changed, told in (
+        (
+            {"teacher": {**spec.teacher, "weights_digest": "0" * 32}},
+            "on another teacher than that of the cache at",
+        ),
+        ({"plan": replace(spec.plan, seed=7)}, "from other targets than those of the cache at"),
+    ):
+        record = read_student_record(project.run / "student")
+        say_if_another(project.run, record, replace(spec, **changed), "there")
+        said = capsys.readouterr().err
+        assert told in said and (("there 00000000" in said) == ("teacher" in changed))
+    assert evaluate(project.run)["builtin"] == quiet
+
+
+def test_weights_that_were_replaced_are_refused(project: Project, tmp_path: Path) -> None:
+    student = project.run / "student"
+    shutil.copytree(student, tmp_path / "copy")
+    for folder in (student, tmp_path / "copy"):  # a run's, and a folder that was given away
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)
+        model.save_pretrained(folder)
+    for place, told in ((project.run, student), (tmp_path / "copy", tmp_path / "copy")):
+        status, _, said = call("evaluate", place, "--cache", project.cache.name)
+        assert status == 2 and f"{told}/model.safetensors: not what the run saved (blake2b" in said
+    (tmp_path / "copy" / "ddk_pipe.json").unlink()  # a model of one's own
+    assert call("evaluate", tmp_path / "copy", "--cache", project.cache.name)[0] == 0
+
+
+def test_a_head_of_fewer_tokens_than_the_cache_holds(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.run / "student", tmp_path / "small")
+    (tmp_path / "small" / "ddk_pipe.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "small")
+    status, _, said = call("evaluate", tmp_path / "small", "--cache", project.cache.name)
+    assert (
+        status == 2 and "STUDENT: a vocabulary of 100, the cache at" in said and len(said.splitlines()) == 1
+    )

@@ -7,17 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.stages.cli import app
+from ddk_pipe.stages.common import read_student_record, write_student_record
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.export import CardOptions, Target, export
 
@@ -147,3 +151,81 @@ def test_generation_settings_that_transformers_refuses_are_left_out_and_said(
     assert status == 0 and said.count("export: generation_config.json goes without temperature") == 1
     given = json.loads((tmp_path / "given" / "generation_config.json").read_text())
     assert "temperature" not in given and given["max_new_tokens"] == 9
+
+
+# --- what the student was made of -------------------------------------------------------------------
+
+
+def replaced(student: Path) -> None:
+    """Other weights in the student's place, as a mistaken copy would have it."""
+    weights = load_file(student / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_record_goes_along(run: Path, tmp_path: Path) -> None:
+    """Beside the weights and in the card's metadata, of the weights as they are given away."""
+    summary = json.loads((run / "run.json").read_bytes())
+    record = json.loads((run / "student" / "ddk_pipe.json").read_bytes())
+    assert record == summary["student"]
+    assert (
+        record["cache_fingerprint"] == summary["cache_fingerprint"]
+        and record["settings"] == summary["settings"]
+    )
+    assert (
+        record["teacher"] == "teacher" and record["started_from"] == record["teacher_weights"]
+    )  # kept layers
+    assert record["files"].keys() == {"config.json", "model.safetensors"}
+    for dtype in ("float32", "bfloat16"):
+        to = export(run, Target(tmp_path / dtype, dtype), CardOptions())
+        given = json.loads((to / "ddk_pipe.json").read_bytes())
+        assert ModelCard.load(to / "README.md").data.to_dict()["ddk_pipe"] == given
+        same = given["files"]["model.safetensors"] == record["files"]["model.safetensors"]
+        assert same == (dtype == "float32")
+        assert {**given, "files": {}} == {**record, "files": {}}
+        assert str(tmp_path) not in json.dumps(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (replaced, "student/model.safetensors: not what the run saved (blake2b "),
+        (
+            lambda student: (student / "model.py").write_text("1"),
+            "student/model.py: not a file that the run saved",
+        ),
+        (lambda student: (student / "ddk_pipe.json").unlink(), "student/ddk_pipe.json: not there"),
+        (lambda student: (student / "ddk_pipe.json").write_text("[]"), "student/ddk_pipe.json: damaged"),
+        (
+            lambda student: make_tokenizer(student, seed_text="zebra quartz " * 50),
+            "its tokenizer is not the one",
+        ),
+    ],
+)
+def test_a_student_that_was_replaced_is_refused(
+    run: Path, tmp_path: Path, change: Callable[[Path], object], told: str
+) -> None:
+    change(run / "student")
+    status, said = call("export", run, "--to", tmp_path / "given")
+    assert status == 2 and told in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "given").exists()
+
+
+def test_a_record_that_was_replaced_along_with_the_weights(run: Path, tmp_path: Path) -> None:
+    """The run's own record tells."""
+    replaced(run / "student")
+    record = read_student_record(run / "student")
+    assert record is not None
+    write_student_record(run / "student", record)
+    status, said = call("export", run, "--to", tmp_path / "given")
+    assert status == 2 and "ddk_pipe.json: not what the run wrote" in said
+
+
+def test_a_student_of_an_older_version(run: Path, tmp_path: Path) -> None:
+    (run / "student" / "ddk_pipe.json").unlink()
+    summary = json.loads((run / "run.json").read_bytes())
+    del summary["student"]
+    (run / "run.json").write_text(json.dumps(summary))
+    status, said = call("export", run, "--to", tmp_path / "given")
+    assert status == 0 and "saved before students had a record, so its weights cannot be checked" in said
+    assert "ddk_pipe:" not in (tmp_path / "given" / "README.md").read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 from sweeps import project_without_teacher, results, start, wait_for, write_sweep
 from typer.testing import CliRunner
 
+from ddk_pipe.pipeline.cache import read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import load_sweep
+from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.sweep import Request, sweep
 from ddk_pipe.stages.sweep.run import Job, run_one
@@ -135,6 +139,32 @@ def test_a_cache_that_changed_is_refused(prepared: Path, cached_output: Path) ->
     note.write_text(json.dumps(record))
     status, _, err = call("sweep", path)
     assert status == 2 and "not the cache that this sweep began with" in err
+
+
+@pytest.mark.slow
+def test_finished_runs_are_known_by_what_they_were_made_of(prepared: Path, cached_output: Path) -> None:
+    """Also where the sweep's own folder is gone: the runs say it themselves."""
+    path = write_sweep(prepared, seeds=[0])
+    sweep(path, Request(threads=1))
+    (summary,) = prepared.parent.glob("out/distill/*/run.json")
+    before = summary.stat().st_mtime_ns
+    shutil.rmtree(prepared.parent / "out/sweeps")
+    sweep(path, Request(threads=1))
+    assert summary.stat().st_mtime_ns == before
+    values = json.loads(prepared.read_text())
+    prepared.write_text(json.dumps({**values, "distill": {**values["distill"], "gamma": 0.9}}))
+    status, _, err = call("sweep", path)
+    told = (
+        "holds a run with other settings (distill.gamma 0.2, now 0.9); delete that folder to train it again"
+    )
+    assert status == 2 and told in err
+    prepared.write_text(json.dumps(values))
+    shutil.rmtree(prepared.parent / "out/sweeps")
+    cache = open_folder(prepared.parent / "out/cache")
+    spec = read_spec(cache)  # and as if it had been made again, from another teacher
+    cache.write("cache.json", replace(spec, teacher={**spec.teacher, "weights_digest": "0" * 32}).to_json())
+    status, _, err = call("sweep", path)
+    assert status == 2 and "holds a run from another cache (teacher weights" in err
 
 
 def test_a_cache_that_changes_while_the_sweep_runs(prepared: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -24,13 +25,22 @@ def alone(folder: Path, *, what: str, hint: str) -> Iterator[None]:
     By flock, on the file `lock`: where the file system has no locks, that is said, and nothing is locked.
     """
     durable.make_folder(folder)
-    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    handle = _opened(folder / LOCK_FILE)
     try:
         if not _locked(handle, folder):
             raise DdkError(f"{folder}: another process {what}", hint=hint)
         yield
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as problem:
+        if problem.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise DdkError(f"{path}: a link or a folder, where a lock is to be", hint="remove it") from None
 
 
 def _locked(handle: int, folder: Path) -> bool:

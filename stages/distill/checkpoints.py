@@ -177,7 +177,7 @@ class Checkpoints:
         kept |= {one.folder for one in self._extensible(found)}
         for one in found:
             if one.folder not in kept:
-                _remove(one.folder)
+                remove_checkpoint(one.folder)
 
     def found(self) -> list[Found]:
         """Whole checkpoints, oldest first. Raises DdkError for one that cannot be read."""
@@ -233,7 +233,7 @@ class Checkpoints:
         kept = self._extensible(found)
         for one in found if kept else []:
             if one not in kept and not (self.keep_best and one == self.best(found)):
-                _remove(one.folder)
+                remove_checkpoint(one.folder)
         if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -275,7 +275,7 @@ def _read_position(folder: Path) -> dict[str, Any]:
     return position
 
 
-def _remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """A folder that goes has lost its name first: a kill leaves no half of one behind."""
     going = folder.with_name(f".{folder.name}.old.partial")
     shutil.rmtree(going, ignore_errors=True)

@@ -15,6 +15,7 @@ KINDS = {  # in this order: the first that differs is named
     "domains": "with its domains in another order",
     "cache": "from another cache",
     "teacher": "beside another teacher",
+    "teacher_dtype": "beside a teacher of another dtype",
     "tokenizer": "with another tokenizer",
     "tokens": "on other tokens",
     "student": "from other first weights",
@@ -24,6 +25,7 @@ WORDS = {
     "cache.teacher.dtype": "the teacher's dtype",
     "cache.tokenizer_digest": "tokenizer",
     "teacher": "teacher weights",
+    "teacher_dtype": "teacher.dtype",
     "student": "what the student starts from",
 }
 ABSENT = object()

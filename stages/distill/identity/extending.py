@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project
 from ddk_pipe.stages.common import say
+from ddk_pipe.stages.distill.checkpoints import remove_checkpoint
 from ddk_pipe.stages.distill.identity.record import Identity, write_identity
 from ddk_pipe.stages.distill.schedules import stable_steps, steps_alike, warmup_steps
 
@@ -44,7 +44,7 @@ def begin_to_extend(
     if not usable:
         raise _refused(project, *_why(before, now, alike))
     for step in [step for step in there if step > alike]:
-        shutil.rmtree(there[step])
+        remove_checkpoint(there[step])
     longer = replace(longer, extends=[*recorded.extends, recorded.settings_digest])
     write_identity(project.run, longer, known)
     (project.run / "run.json").unlink(missing_ok=True)
@@ -53,8 +53,14 @@ def begin_to_extend(
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
-    names = (run / "checkpoints").glob("step-*")
-    return {int(path.name[5:]): path for path in sorted(names) if path.name[5:].isdecimal()}
+    """By step. None where a link would make us remove outside of the run's folder."""
+    folder = run / "checkpoints"
+    found = [] if folder.is_symlink() else sorted(folder.glob("step-*"))
+    return {
+        int(path.name[5:]): path
+        for path in found
+        if path.name[5:].isdecimal() and path.is_dir() and not path.is_symlink()
+    }
 
 
 def _why(before: Distill, now: Distill, alike: int) -> tuple[str, str]:

@@ -66,6 +66,7 @@ def _tokens_of(spec: CacheSpec, project: Project) -> Facts:
 def _online(project: Project, digests: Digests, *, finished: bool) -> Facts:
     return {
         "teacher": _teacher(project, digests, finished=finished),
+        "teacher_dtype": project.manifest.teacher.dtype,
         "tokenizer": _tokenizer(project, finished=finished),
         "tokens": _prepared(project, finished=finished),
     }

@@ -103,6 +103,18 @@ def test_no_checkpoint_left(cached: Path) -> None:
         run(cached, "short", *CONSTANT, "distill.steps=4")
 
 
+def test_a_link_in_place_of_the_checkpoints_is_not_followed(cached: Path, tmp_path: Path) -> None:
+    """A longer run removes what it would not have come by: never outside of the run's folder."""
+    folder = run(cached, "short", *CONSTANT, "distill.steps=2")
+    outside = tmp_path / "outside"
+    (folder / "checkpoints").rename(outside)
+    (outside / "step-00000009").mkdir()
+    (folder / "checkpoints").symlink_to(outside)
+    with pytest.raises(DdkError, match="it has no checkpoint left"):
+        run(cached, "short", *CONSTANT, "distill.steps=4")
+    assert len(list(outside.iterdir())) == 2 and (outside / "step-00000002" / "position.json").is_file()
+
+
 @pytest.mark.slow
 def test_killed_while_it_is_extended(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right after the folder was made the longer run's, and again after its first checkpoint."""

@@ -170,6 +170,11 @@ def test_tokens_and_teacher_of_online_targets(
     stand(project)
     other = rewritten(cached, teacher={"model": str(other_teacher), "backend": "hf"})
     refused(other, "holds a run beside another teacher (teacher weights ")
+    rounded = {**project.manifest.teacher.model_dump(), "dtype": "bfloat16"}
+    refused(
+        rewritten(cached, teacher=rounded),
+        "beside a teacher of another dtype (teacher.dtype auto, now bfloat16)",
+    )
     rewritten(cached, teacher=project.manifest.teacher.model_dump())
     write_jsonl(
         cached.parent / "text" / "plays.jsonl", [{"text": f"other lines {i} " * 9} for i in range(60)]

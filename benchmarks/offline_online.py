@@ -43,7 +43,7 @@ from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.common import prepare_cpu
 from ddk_pipe.stages.distill import sparse_batch
-from ddk_pipe.stages.distill.identity import begin
+from ddk_pipe.stages.distill.identity import asked_for, begin
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source
@@ -181,7 +181,7 @@ def final_losses(manifest: Path, judge: Judge, variant: str, seed: int) -> tuple
     if project.manifest.distill.targets == "online":
         prepare(project)
     parts = KINDS.get(variant, Parts)(project)
-    Run(parts, begin(project)).go()
+    Run(parts, begin(project, asked_for(project))).go()
     shutil.rmtree(project.run)
     return judge.losses(parts.student.lm)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import ddk_pipe
+from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import peak_memory_bytes, read_student_record, say, write_student_record
 from ddk_pipe.stages.distill.identity import Identity
@@ -16,6 +17,8 @@ from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.schedules import stable_steps
 from ddk_pipe.stages.distill.students import save_student
+
+MOST_NAME = 1000  # characters
 
 
 def finish(parts: Parts, position: Position, identity: Identity) -> dict[str, Any]:
@@ -66,10 +69,10 @@ def _save_student(parts: Parts, name: str, identity: Identity) -> dict[str, Any]
 
 def _origin(parts: Parts, identity: Identity) -> dict[str, Any]:
     """What a student is made of, for its record: no path of this machine is in it, for it is given away."""
-    made_of, teacher = identity.made_of, parts.project.manifest.teacher.model
+    made_of = identity.made_of
     weights = made_of["cache"]["teacher"].get("weights_digest") if "cache" in made_of else made_of["teacher"]
     return {
-        "teacher": PurePath(teacher).name if _is_folder(parts.project.teacher_model) else teacher,
+        "teacher": _teacher_name(parts.project),
         "teacher_weights": weights,
         "cache_fingerprint": parts.source.fingerprint,
         "tokenizer_digest": parts.source.tokenizer_digest,
@@ -78,8 +81,12 @@ def _origin(parts: Parts, identity: Identity) -> dict[str, Any]:
     }
 
 
-def _is_folder(model: str) -> bool:
-    return model.startswith(("/", "~", "./", "../")) or Path(model).is_dir()
+def _teacher_name(project: Project) -> str:
+    """The hub id, or the folder's own name."""
+    model = project.teacher_model
+    is_folder = model.startswith(("/", "~", "./", "../")) or Path(model).is_dir()
+    name = PurePath(model).name if is_folder else model
+    return "".join(letter for letter in name if letter.isprintable())[:MOST_NAME]
 
 
 def _save_best(parts: Parts, position: Position, identity: Identity) -> int | None:

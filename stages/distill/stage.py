@@ -12,7 +12,7 @@ from typing import Any
 
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.stages.common import alone, say
-from ddk_pipe.stages.distill.identity import Identity, begin, finished_run
+from ddk_pipe.stages.distill.identity import Asked, Identity, asked_for, begin, finished_run
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.world import join_world
@@ -30,10 +30,10 @@ def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> di
     with join_world() as world, ExitStack() as lock:
         summary = world.of_leader(lambda: finished_run(project))
         if summary is None:
+            asked = world.of_leader(lambda: _asked_for(project))
             world.of_leader(lambda: lock.enter_context(_alone(project)))
-            found = world.of_leader(
-                lambda: finished_run(project) or _begin(project)
-            )  # again, for it may be by now
+            # asked again: another process may have finished it meanwhile
+            found = world.of_leader(lambda: finished_run(project) or begin(project, asked))
             if isinstance(found, Identity):
                 return Run(Parts(project, world), found, is_bad).go()
             summary = found
@@ -46,7 +46,7 @@ def _alone(project: Project) -> AbstractContextManager[None]:
     return alone(project.run, what="trains in this folder", hint=hint)
 
 
-def _begin(project: Project) -> Identity:
+def _asked_for(project: Project) -> Asked:
     if project.manifest.distill.targets == "online":
         prepare(project)
-    return begin(project)
+    return asked_for(project)

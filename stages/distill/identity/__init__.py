@@ -4,6 +4,6 @@ Kept in the run's folder as identity.json and compared whenever `distill` meets 
 """
 
 from ddk_pipe.stages.distill.identity.record import Identity
-from ddk_pipe.stages.distill.identity.standing import begin, finished_run
+from ddk_pipe.stages.distill.identity.standing import Asked, asked_for, begin, finished_run
 
-__all__ = ["Identity", "begin", "finished_run"]
+__all__ = ["Asked", "Identity", "asked_for", "begin", "finished_run"]

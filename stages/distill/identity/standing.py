@@ -16,6 +16,7 @@ from ddk_pipe.stages.distill.identity.made_of import made_of
 from ddk_pipe.stages.distill.identity.record import Identity, read_identity, write_identity
 from ddk_pipe.stages.distill.position import settings_in, settings_of
 
+Asked = tuple[Identity, dict[str, dict[str, str]]]
 PARTS = {  # that a finished run may have lost, and in words
     "cache": "the cache",
     "tokens": "the tokens",
@@ -51,14 +52,22 @@ def finished_run(project: Project) -> dict[str, Any] | None:
     return summary if summary.get("settings") == settings_of(project) else None
 
 
-def begin(project: Project) -> Identity:
+def asked_for(project: Project) -> Asked:
+    """What the run is to be, and the digests that were found for it; writes nothing.
+
+    Raises DdkError if what it reads or starts from is not there.
+    """
+    digests = Digests(read_identity(project.run)[1])
+    return Identity(settings_in(project), made_of(project, digests, finished=False)), digests.known
+
+
+def begin(project: Project, asked: Asked) -> Identity:
     """What the run is, noted in its folder; to be called by one process, before the run's first step or its next.
 
     Raises DdkError, naming what differs, if the folder holds another run, or one that does not say what it is.
     """
-    recorded, known = read_identity(project.run)
-    digests = Digests(known)
-    identity = Identity(settings_in(project), made_of(project, digests, finished=False))
+    identity, known = asked
+    recorded, _ = read_identity(project.run)
     if _holds_work(project.run):
         if recorded is None:
             raise DdkError(
@@ -68,10 +77,10 @@ def begin(project: Project) -> Identity:
         found = _differences(recorded, identity)
         identity = Identity(identity.settings, identity.made_of, recorded.extends)
         if is_longer(found):
-            identity = begin_to_extend(project, recorded, identity, digests.known)
+            identity = begin_to_extend(project, recorded, identity, known)
         elif found:
             raise other_run(project.run, found)
-    write_identity(project.run, identity, digests.known)
+    write_identity(project.run, identity, known)
     return identity
 
 

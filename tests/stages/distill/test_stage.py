@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -111,3 +112,19 @@ def test_a_grace_that_is_no_time(cached: Path, value: str, monkeypatch: pytest.M
     monkeypatch.setenv("DDK_PIPE_GRACE_SECONDS", value)
     with pytest.raises(DdkError, match=f"DDK_PIPE_GRACE_SECONDS={value}: not a number of seconds above 0"):
         distill(load_project(cached, ["distill.steps=1", "distill.validation_windows=1"]))
+
+
+def test_what_cannot_begin_leaves_nothing(cached: Path) -> None:
+    shutil.rmtree(cached.parent / "out" / "cache")
+    with pytest.raises(DdkError, match="no teacher cache"):
+        distill(load_project(cached))
+    assert not (cached.parent / "out" / "distill").exists()
+
+
+def test_a_link_in_place_of_the_lock(cached: Path, tmp_path: Path) -> None:
+    project = load_project(cached, ["distill.steps=1", "distill.validation_windows=1"])
+    project.run.mkdir(parents=True)
+    (project.run / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DdkError, match="lock: a link or a folder"):
+        distill(project)
+    assert not (tmp_path / "elsewhere").exists()

@@ -74,13 +74,13 @@ def evaluate(place: Path, request: Request | None = None) -> Result:
         )
     student = place / "student" if run else place
     folder = model_folder(str(student.absolute()), field="STUDENT")
-    record = check_student(folder, run.summary if run else None)
     cache = _cache(place, run, request)
-    if cache is not None:
-        say_if_another(place, record, read_spec(cache), cache.name)
     be_quiet()
     read_config(folder, field="STUDENT")
     tokenizer = load_tokenizer(str(folder), field="STUDENT")
+    record = check_student(folder, run.summary if run else None)
+    if cache is not None:
+        say_if_another(place, record, read_spec(cache), cache.name)
     model = load_causal_lm(folder, field="STUDENT", dtype=torch.float32)
     model.to(pick_device(request.device)).eval()
     found: Result = {"versions": {"ddk_pipe": ddk_pipe.__version__, "torch": torch.__version__}}

@@ -28,6 +28,7 @@ from ddk_pipe.stages.common.stopping import (
     stops_in_time,
 )
 from ddk_pipe.stages.common.tables import TableData, new_table, perplexity, show_table, terminal
+from ddk_pipe.stages.common.unheard import Unheard
 
 __all__ = [
     "EVALUATION",
@@ -38,6 +39,7 @@ __all__ = [
     "TableData",
     "Terminated",
     "Tracker",
+    "Unheard",
     "alone",
     "check_student",
     "clock",

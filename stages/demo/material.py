@@ -21,6 +21,7 @@ from pathlib import Path
 from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import be_quiet
 from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.stages.common import Unheard
 
 DOCUMENT_CHARACTERS = 6_000
 DOMAIN_CHARACTERS = 240_000  # enough for the demo's windows in every domain that has so much
@@ -157,7 +158,8 @@ def write_teacher(folder: Path) -> None:
     partial = durable.partial_name(folder)
     durable.make_folder(folder.parent)
     try:
-        _convert(source, partial)
+        with Unheard().listening():  # bars and notes of the conversion; what fails is raised
+            _convert(source, partial)
         durable.publish_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

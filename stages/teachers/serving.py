@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
+from ddk_pipe.stages.common import Unheard
 
 OURS = __name__.split(".")[0] + "."
 SHOW = "DDK_PIPE_TRACEBACK"  # environment: print the whole traceback as well
@@ -35,6 +36,7 @@ class Service:
     dtype: str
     other: str  # backend that may do what this one cannot
     batch: str = "teacher.batch_windows"  # what to lower where memory ends
+    unheard: Unheard | None = None  # what it and its processes have printed
 
     @contextmanager
     def one_line(self, fails: str, root: Callable[[], str] = str) -> Iterator[None]:
@@ -56,12 +58,14 @@ class Service:
 
     def explained(self, fails: str, why: str) -> DdkError:
         """The error in the user's terms."""
+        log = self.unheard.keep() if self.unheard else None
+        where = f"its log: {log}; " if log else ""
         return DdkError(
             f"teacher.model: {self.engine} {fails} {self.folder} in {self.dtype} ({why})",
-            hint=f"{self._hint(why)} ({SHOW}=1 shows where)",
+            hint=f"{self._hint(why, log)} ({where}{SHOW}=1 shows where)",
         )
 
-    def _hint(self, why: str) -> str:
+    def _hint(self, why: str, log: Path | None) -> str:
         dtype = "bfloat16" if self.dtype == "float32" else "float32"
         if CACHE.search(why):
             return "raise teacher.vllm.gpu_memory_utilization (cpu_kvcache_gib on a CPU), or lower seq_len"
@@ -70,7 +74,7 @@ class Service:
         if LENGTH.search(why):
             return f"lower seq_len, or set backend: {self.other}"
         if ELSEWHERE.search(why):
-            return f"see its log above; if it was killed for want of memory, lower {self.batch}"
+            return f"see its log{'' if log else ' above'}; if it was killed for want of memory, lower {self.batch}"
         return f"set teacher.dtype: {dtype}, or backend: {self.other}"
 
 

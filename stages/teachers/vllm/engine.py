@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import read_config, text_config
 from ddk_pipe.pipeline.targets import PADDING_ID, Kept, Plan, Selected, SparseTargets
-from ddk_pipe.stages.common import pick_device, pick_dtype
+from ddk_pipe.stages.common import Unheard, pick_device, pick_dtype
 from ddk_pipe.stages.teachers.protocol import Window
-from ddk_pipe.stages.teachers.serving import Service
+from ddk_pipe.stages.teachers.serving import SHOW, Service
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
 from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
 from ddk_pipe.stages.teachers.vllm.worker import unpack
@@ -33,6 +33,7 @@ RUNNERS = {
     "v1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     "v2": ("vllm.v1.worker.gpu.sample.prompt_logprob", "PromptLogprobsWorker"),
 }
+QUIET = "ERROR"  # level of vLLM's own log
 EXTENSION = "ddk_pipe.stages.teachers.vllm.worker.SelectionExtension"
 
 
@@ -63,8 +64,8 @@ class VllmTeacher:
         self._sent = 0  # vLLM numbers its requests from 0 on
         self._broken: Exception | None = None
         dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
-        self.service = Service(f"vLLM {self.version}", folder, dtype, other="hf")
-        with self.service.one_line("does not take"):
+        self.service = Service(f"vLLM {self.version}", folder, dtype, other="hf", unheard=unheard())
+        with self.service.one_line("does not take"), _aside():
             self.engine = vllm.LLM(
                 model=str(folder),
                 dtype=dtype,
@@ -228,11 +229,22 @@ def _from_flat(prompt: Any, generated: Any, window: Window, k: int, floor: float
 def import_vllm() -> Any:
     """The package, with nothing of ours under a name that it looks for."""
     keep_our_name_from_vllm()
-    with warnings.catch_warnings():  # deprecations inside vLLM's own imports
-        warnings.simplefilter("ignore")
+    with _aside():
         import vllm
 
     return vllm
+
+
+@functools.cache
+def unheard() -> Unheard:
+    """One for the process: vLLM's log handlers, made when it is imported, hold on to the stream they find."""
+    return Unheard()
+
+
+def _aside() -> AbstractContextManager[None]:
+    """What vLLM prints goes to a file, unless its user wants to see that: notes on its imports, the NUMA node, ..."""
+    loud = os.environ.get("VLLM_LOGGING_LEVEL", QUIET) != QUIET or os.environ.get(SHOW)
+    return nullcontext() if loud else unheard().listening()
 
 
 def check_engine() -> None:
@@ -246,7 +258,8 @@ def check_engine() -> None:
             f"vLLM {version} is too old, at least {'.'.join(map(str, OLDEST))} is needed",
             hint=f"{install_hint('vllm')}, or set teacher.backend: hf",
         )
-    found = {name: vllm_worker.arguments_of(_class(*where)) for name, where in RUNNERS.items()}
+    with _aside():
+        found = {name: vllm_worker.arguments_of(_class(*where)) for name, where in RUNNERS.items()}
     if all(found[name] != known for name, known in vllm_worker.known_arguments().items()):
         raise DdkError(
             f"vLLM {version}: the worker hook does not fit ({found})",
@@ -271,7 +284,7 @@ def _class(module: str, name: str) -> Any:
 
 def set_environment(device: torch.device, options: manifest.Teacher) -> None:
     """vLLM reads these when it is imported; what the user has set wins."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": QUIET, "VLLM_CONFIGURE_LOGGING": "1"}
     if device.type == "cpu":
         defaults |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

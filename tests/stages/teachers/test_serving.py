@@ -17,6 +17,7 @@ from tiny import make_model
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan
+from ddk_pipe.stages.common import Unheard
 from ddk_pipe.stages.teachers import Window
 from ddk_pipe.stages.teachers.hf import HfTeacher
 from ddk_pipe.stages.teachers.serving import SHOW, Service, reason
@@ -106,6 +107,23 @@ def test_hints(dtype: str, why: str, hint: str) -> None:
     assert line.startswith(f"teacher.model: vLLM 0.32.0 cannot serve /teacher in {dtype} ({why}); {hint}")
     assert line.endswith(f" ({SHOW}=1 shows where)")
     assert isinstance(refused.value.__cause__, RuntimeError), "and the traceback can be reached"
+
+
+def test_the_log_of_what_was_not_shown_is_named_where_there_is_one() -> None:
+    for said in ("", "what it printed\n"):
+        unheard = Unheard()
+        unheard.path.write_text(said)
+        with (
+            pytest.raises(DdkError) as refused,
+            Service("vLLM", Path("/t"), "float32", "hf", unheard=unheard).one_line("fails"),
+        ):
+            raise RuntimeError(DEAD)
+        line, log = str(refused.value), unheard.path
+        del unheard, refused
+        assert log.exists() == bool(said)
+        assert (f"(its log: {log}; {SHOW}=1 shows where)" in line) == bool(said)
+        assert ("see its log above" in line) != bool(said)
+    log.unlink()
 
 
 def test_our_own_slips_are_not_disguised() -> None:

@@ -48,7 +48,15 @@ def merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
                     f"{folder.name}: {name}/{split} was cached from other tokens or in other shards",
                     hint="set cache.path to a new folder, or restore the text",
                 )
-    return replace(known, domains=domains)
+    return replace(known, domains=domains, about=_about(known.about, wanted.about))
+
+
+def _about(known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The known cache's words, but for how text is encoded: whose tokens are the same may say so anew."""
+    before, now = known.get("encoding"), wanted.get("encoding")
+    if not isinstance(now, dict):
+        return known
+    return {**known, "encoding": {**(before if isinstance(before, dict) else {}), **now}}
 
 
 def _difference(ours: Any, theirs: Any) -> str:

@@ -54,7 +54,7 @@ class CacheWriter:
                 self.folder.create("cache.json", spec.to_json())
         known = read_spec(self.folder)
         both = merged(self.folder, known, spec)
-        if both.domains != known.domains:
+        if both != known:
             self.folder.write("cache.json", both.to_json())
         return both
 

@@ -24,7 +24,7 @@ from ddk_pipe.pipeline.targets import Plan
 from ddk_pipe.pipeline.text import Split, predicted_ids, tokenizer_digest, tokenizer_size
 from ddk_pipe.stages.cache_teacher.maker import Job
 from ddk_pipe.stages.common import pick_device, pick_dtype
-from ddk_pipe.stages.prepare import prepare
+from ddk_pipe.stages.prepare import prepare, rules_of
 from ddk_pipe.stages.teachers import check_capture, check_head, choose_backend, open_teacher
 
 # Bytes per position to expect, by scheme: for the check of free space only. Entries cost 1.4 to 2.3 bytes.
@@ -99,7 +99,12 @@ def make_spec(
             name: {split: split_size(opened, shard_windows) for split, opened in domain.items()}
             for name, domain in splits.items()
         },
-        about={"model": options.model, "head_size": head_size, "ddk_pipe": ddk_pipe.__version__},
+        about={
+            "model": options.model,
+            "head_size": head_size,
+            "ddk_pipe": ddk_pipe.__version__,
+            "encoding": {name: rules_of(domain) for name, domain in splits.items()},
+        },
     )
 
 

@@ -3,6 +3,7 @@
 The stages that need tokens call it themselves.
 """
 
+from ddk_pipe.stages.prepare.rules import check_rules, rules_of
 from ddk_pipe.stages.prepare.stage import prepare
 
-__all__ = ["prepare"]
+__all__ = ["check_rules", "prepare", "rules_of"]

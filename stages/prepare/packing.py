@@ -23,9 +23,9 @@ from ddk_pipe.pipeline.text import (
     tokenizer_size,
 )
 from ddk_pipe.stages.common import say, track
+from ddk_pipe.stages.prepare.rules import CHAT_RULES
 from ddk_pipe.stages.prepare.split import Candidates, Chosen, DefaultSplit, cut
 
-CHAT_RULES = "chat_rules"  # in the record of domains that hold chats
 Facts = dict[str, dict[str, Any]]  # of each split
 
 

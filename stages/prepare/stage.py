@@ -14,22 +14,17 @@ from ddk_pipe.pipeline.text import (
     VALIDATION,
     Encoder,
     Split,
-    chat_rules,
     find_files,
     open_split,
-    project_tokenizer,
-    text_rules,
-    tokenizer_digest,
 )
 from ddk_pipe.stages.common import say
 from ddk_pipe.stages.prepare.fingerprints import content_of, source_fingerprints
-from ddk_pipe.stages.prepare.packing import CHAT_RULES, pack_domain
+from ddk_pipe.stages.prepare.packing import pack_domain
+from ddk_pipe.stages.prepare.rules import CHAT_RULES, WORDS, rules_now
 
 CHANGES = {
     "version": "the version of prepared tokens",
-    "tokenizer_digest": "the tokenizer's ids",
-    "text_rules": "how the tokenizer turns text into ids",
-    CHAT_RULES: "the chat template or its day",
+    **WORDS,
     "prepare": "settings in prepare",
     "fields": "names of fields",
     "shard_tokens": "the size of a shard",
@@ -40,13 +35,7 @@ def prepare(project: Project) -> dict[str, dict[str, Split]]:
     """Tokenise and pack every domain that is not prepared yet; returns the opened splits by domain."""
     for name, domain in project.manifest.domains.items():  # all paths first: a typo costs nothing
         _check_sources(project, name, domain)
-    tokenizer = project_tokenizer(project)
-    encoder = Encoder(tokenizer, name=project.tokenizer, date=project.manifest.prepare.date)
-    rules = {
-        "tokenizer_digest": tokenizer_digest(tokenizer),
-        "text_rules": text_rules(encoder),
-        CHAT_RULES: chat_rules(encoder),
-    }
+    encoder, rules = rules_now(project)
     return {
         name: _domain(project, name, domain, encoder, rules)
         for name, domain in project.manifest.domains.items()

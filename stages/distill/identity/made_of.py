@@ -14,6 +14,7 @@ from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.pipeline.text import SPLITS, open_split, project_tokenizer, tokenizer_digest
 from ddk_pipe.stages.common import say
 from ddk_pipe.stages.distill.identity.digests import Digests
+from ddk_pipe.stages.prepare import check_rules
 
 Facts = dict[str, Any]
 
@@ -30,6 +31,7 @@ def made_of(project: Project, digests: Digests, *, finished: bool) -> Facts:
         spec = _spec(project, finished=finished)
         if spec is not None:
             _same_teacher(project, spec, digests, finished=finished)
+            _same_rules(project, spec, finished=finished)
         read = _cached(project, spec)
     facts = {
         "domains": list(project.manifest.domains),  # weights and cursors are kept in this order
@@ -132,6 +134,13 @@ def _configuration(path: Path) -> str | None:
         return durable.digest(durable.to_json(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def _same_rules(project: Project, spec: CacheSpec, *, finished: bool) -> None:
+    """Raises DdkError if the tokenizer turns text or chats into other ids than when the cache was made."""
+    if finished and _tokenizer(project, finished=True) is None:
+        return
+    check_rules(project, spec.about.get("encoding"), what=f"the cache at {project.cache}")
 
 
 def _same_teacher(project: Project, spec: CacheSpec, digests: Digests, *, finished: bool) -> None:

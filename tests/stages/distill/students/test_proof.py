@@ -103,7 +103,7 @@ def test_tensors_that_are_shared_cannot_be_saved(tokenizer: Any, tmp_path: Path)
         prove(lm, tokenizer, tmp_path)
 
 
-def test_a_run_is_refused_before_its_first_step_and_leaves_no_folder(
+def test_a_run_is_refused_before_its_first_step_and_begins_once_that_is_mended(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import LlamaForCausalLM
@@ -111,10 +111,13 @@ def test_a_run_is_refused_before_its_first_step_and_leaves_no_folder(
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("some tensors share memory")
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fails)
     project = load_project(cached)
-    with pytest.raises(
-        DdkError, match=r"student.keep_layers: .* cannot be saved \(some tensors share memory\)"
-    ):
-        distill(project)
-    assert not project.run.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", fails)
+        with pytest.raises(
+            DdkError, match=r"student.keep_layers: .* cannot be saved \(some tensors share memory\)"
+        ):
+            distill(project)
+    assert {path.name for path in project.run.iterdir()} == {"lock", "identity.json"}
+    other = load_project(cached, ["student.keep_layers=[1]", "distill.steps=1"])
+    assert distill(other)["steps"] == 1

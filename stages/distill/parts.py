@@ -30,8 +30,9 @@ from ddk_pipe.stages.distill.world import World, wrap
 class Parts:
     """The parts of one run on this process of its world. Raises DdkError for those that do not fit together."""
 
-    def __init__(self, project: Project, world: World | None = None) -> None:
-        self.project, self.world = project, world or World()
+    def __init__(self, project: Project, world: World | None = None, *, prove: bool = False) -> None:
+        """`prove`: where the run starts, hold first that its student is saved as the one that is trained."""
+        self.project, self.world, self.prove = project, world or World(), prove
         self.options: Distill = project.manifest.distill
         self.domains = list(project.manifest.domains)
         self.device = self.world.device(pick_device(self.options.device))
@@ -73,7 +74,8 @@ class Parts:
 
     def _student(self) -> DistillStudent:
         lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
-        self._prove_saved(lm)
+        if self.prove:
+            self._prove_saved(lm)
         student = DistillStudent(lm.to(self.device))
         if self.options.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

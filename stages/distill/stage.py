@@ -35,7 +35,7 @@ def distill(project: Project, is_bad: Callable[[int], bool] | None = None) -> di
             # asked again: another process may have finished it meanwhile
             found = world.of_leader(lambda: finished_run(project) or begin(project, asked))
             if isinstance(found, Identity):
-                return Run(Parts(project, world), found, is_bad).go()
+                return Run(Parts(project, world, prove=True), found, is_bad).go()
             summary = found
         say(f"distill: nothing to do, {project.run} is finished")
         return dict(summary)

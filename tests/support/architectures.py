@@ -169,9 +169,8 @@ ARCHITECTURES = [
     Architecture("stablelm"),
     Architecture("mixtral", {"num_local_experts": 4}),
     Architecture("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
-    Architecture(
-        "minimax", {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}, "slope_rate"
-    ),
+    # its slopes by layer number are saved with the weights
+    Architecture("minimax", {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}),
     Architecture("exaone4", {"sliding_window": 4, "sliding_window_pattern": 4}),
     Architecture("glm4"),
     Architecture(

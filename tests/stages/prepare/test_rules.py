@@ -15,7 +15,12 @@ from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.prepare import check_rules
 
 CHATS = [
-    {"messages": [{"role": "user", "content": f"how deep at {i}?"}, {"role": "assistant", "content": f"{i} m"}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"how deep at {i}?"},
+            {"role": "assistant", "content": f"{i} m"},
+        ]
+    }
     for i in range(60)
 ]
 SHORT = {"steps": 1, "batch_tokens": 64, "interval_steps": 1, "validation_windows": 1}

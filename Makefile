@@ -35,7 +35,7 @@ test: setup ## all tests, real vLLM and the real teacher included
 	$(BIN)/pytest
 
 test-fast: setup ## most tests that need neither, side by side: two minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 -m "not real and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup -m "not real and not slow"
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

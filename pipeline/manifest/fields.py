@@ -41,8 +41,7 @@ class Domain(Section):
 
     train: list[Source] = Field(
         min_length=1,
-        description="files, globs or folders (.jsonl, .parquet, .csv, .tsv, plain text; .gz, .zst, .bz2, .xz and"
-        " .lz4 are unpacked), or datasets",
+        description="files, globs or folders (.jsonl, .parquet, .csv, .tsv, plain text, also packed), or datasets",
     )
     validation: list[Source] | None = Field(
         None, description="the same for validation; without it a share of the documents is set aside"

@@ -75,6 +75,7 @@ def die_before(folder: LocalFolder, step: int) -> None:
     connection.close()
 
 
+@pytest.mark.slow
 def test_kill_9_before_every_step_of_a_commit(judge: Judge, tmp_path: Path) -> None:
     """Every change of the file system from the end of the arrays on, and every tenth before."""
     begun = new_cache(tmp_path / "begun").path

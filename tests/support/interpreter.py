@@ -32,9 +32,12 @@ def run_python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[
 
 
 def cases_in(folder: Path) -> list[Any]:
-    """(file, name) of every case in the files of a folder, to parametrise with: no triton is imported."""
+    """(file, name) of every case in the files of a folder, to parametrise with: no triton is imported.
+
+    Where tests run side by side, those of one file stay in one process, for it is run once in each.
+    """
     return [
-        pytest.param(script, name, id=f"{script.stem}-{name}")
+        pytest.param(script, name, id=f"{script.stem}-{name}", marks=pytest.mark.xdist_group(str(script)))
         for script in sorted(folder.glob("*.py"))
         for name in _load(script).CASES
     ]

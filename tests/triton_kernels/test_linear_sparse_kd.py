@@ -15,6 +15,7 @@ from ddk_pipe.pipeline.targets import SparseTargets
 BOUND = 2e-6  # float32, as for the path in torch
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_every_case_against_float64(softcap: float | None) -> None:

@@ -11,14 +11,14 @@ NAMED = 3  # differences
 SHOWN = 32  # characters of a value
 HEX = 8  # of a digest
 KINDS = {  # in this order: the first that differs is named
-    "settings": "with other settings",
-    "domains": "with its domains in another order",
-    "cache": "from another cache",
-    "teacher": "beside another teacher",
-    "teacher_dtype": "beside a teacher of another dtype",
-    "tokenizer": "with another tokenizer",
-    "tokens": "on other tokens",
-    "student": "from other first weights",
+    "settings": "holds a run with other settings",
+    "domains": "holds a run with its domains in another order",
+    "cache": "holds a run from another cache",
+    "teacher": "holds a run beside another teacher",
+    "teacher_dtype": "holds a run beside a teacher of another dtype",
+    "tokenizer": "holds a run with another tokenizer",
+    "tokens": "holds a run on other tokens",
+    "student": "holds a run from other first weights",
 }
 WORDS = {
     "cache.teacher.weights_digest": "teacher weights",
@@ -54,7 +54,7 @@ def other_run(run: Path, found: dict[str, tuple[Any, Any]]) -> DdkError:
     told = ", ".join(f"{_word(name)} {_short(one)}, now {_short(other)}" for name, one, other in mine[:NAMED])
     more = f", and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
     return DdkError(
-        f"{run}: holds a run {KINDS.get(kind, 'of another kind')} ({told}{more})",
+        f"{run}: {KINDS.get(kind, 'holds a run of another kind')} ({told}{more})",
         hint="set another distill.name, or delete that folder",
     )
 

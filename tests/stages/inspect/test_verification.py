@@ -43,6 +43,7 @@ def test_a_sound_cache_by_every_name_it_has(cached: Path) -> None:
     assert "verify: 100%" in err
 
 
+@pytest.mark.slow
 def test_damage_is_named_repaired_and_made_again(cached: Path) -> None:
     """From a flipped bit back to the very same cache."""
     cache = cached.parent / "out" / "cache"
@@ -66,6 +67,7 @@ def test_damage_is_named_repaired_and_made_again(cached: Path) -> None:
     assert json.loads(before)["splits"] == json.loads(after)["splits"]
 
 
+@pytest.mark.slow
 def test_a_damaged_rank_table(cached: Path) -> None:
     cache = cached.parent / "out" / "cache"
     flip(cache / "code" / "ranks.npy")

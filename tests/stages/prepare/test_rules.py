@@ -42,6 +42,7 @@ def rewrite(path: Path, before: str, after: str) -> None:
     path.write_text(path.read_text().replace(before, after))
 
 
+@pytest.mark.slow
 def test_an_edited_template(path: Path) -> None:
     rewrite(path.parent / "teacher" / "chat_template.jinja", "<turn>", "<turn>the ")
     project = load_project(path)
@@ -57,6 +58,7 @@ def test_an_edited_template(path: Path) -> None:
         distill(project)  # finished, but not by these rules
 
 
+@pytest.mark.slow
 def test_a_template_or_day_of_the_manifest(path: Path) -> None:
     (path.parent / "other.jinja").write_text("{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}")
     with pytest.raises(DdkError, match="the chat template or its day changed"):
@@ -65,6 +67,7 @@ def test_a_template_or_day_of_the_manifest(path: Path) -> None:
     distill(load_project(path, ["prepare.date=2031-05-01"]))
 
 
+@pytest.mark.slow
 def test_an_edited_normalizer(path: Path) -> None:
     """The text has no capital that a teacher would see: made again, the tokens are the same, and the cache is as good."""
     before = read_spec(load_project(path).cache)

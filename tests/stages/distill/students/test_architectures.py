@@ -57,12 +57,11 @@ def test_there_are_42_of_them_each_once() -> None:
 def test_the_saved_student_is_the_one_that_was_trained_or_is_refused_before_step_1(
     architecture: Architecture,
     ram: Path,
-    capfd: pytest.CaptureFixture[str],
     record_property: Any,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=ram) as folder:
         outcome = outcome_of(architecture, Path(folder))
-    record_property("outcome", outcome)
-    with capfd.disabled():
-        print(f"\n{architecture.name:18} {outcome.partition('; ')[0]}", flush=True)
+    record_property(
+        "outcome", f"{architecture.name:18} {outcome.partition('; ')[0]}"
+    )  # conftest.py prints them
     assert re.search(architecture.refused or "^equal$", outcome)

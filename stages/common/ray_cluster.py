@@ -18,11 +18,13 @@ def connect(stage: str) -> Any:
     import ray
 
     if not ray.is_initialized():
-        local = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": STORE_BYTES}
+        # "local": else Ray joins whatever cluster somebody has started on this machine
+        own = {"address": "local", "object_store_memory": STORE_BYTES}
+        where = {} if os.environ.get("RAY_ADDRESS") else own
         context = ray.init(
             logging_level="error",
             runtime_env={"env_vars": {"PYTHONSAFEPATH": "1"}},  # or vLLM takes our triton_kernels for its own
-            **local,
+            **where,
         )
         dashboard = context.dashboard_url or "none"
         say(f"{stage}: Ray at {context.address_info['gcs_address']}, dashboard {dashboard},")

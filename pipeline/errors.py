@@ -4,8 +4,11 @@ import functools
 import json
 import shlex
 from importlib.metadata import distribution
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST_REASON = 300  # characters of a library's own words in a line of ours
 
@@ -48,6 +51,12 @@ def install_hint(extra: str) -> str:
     elif "url" in origin:
         package += f" @ {origin['url']}"
     return f"pip install {shlex.quote(package)}"
+
+
+def first_mistake(problem: "ValidationError") -> str:
+    """What pydantic found first, and where: "sampler.cursors.0: Input should be a valid integer"."""
+    first = problem.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def reason(problem: BaseException) -> str:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, first_mistake
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.distill.tensor_files import TensorReader, tensor_writer
 from ddk_pipe.stages.distill.world import Wrapped
@@ -59,9 +59,7 @@ class Found:
             position = TypeAdapter(kind).validate_json(json.dumps(self.position), strict=True)
             check(position)
         except ValidationError as problem:
-            first = problem.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise _damaged(self.folder, ValueError(f"position.json: {place}: {first['msg']}")) from None
+            raise _damaged(self.folder, ValueError(f"position.json: {first_mistake(problem)}")) from None
         except (ValueError, TypeError) as problem:
             raise _damaged(self.folder, problem) from None
         return position

@@ -47,8 +47,8 @@ class Target:
 def export(place: Path, target: Target, options: CardOptions) -> Path:
     """Write the model folder: weights (safetensors), tokenizer, generation config, README.md.
 
-    Raises DdkError for a run that is not finished, weights that are not those that it saved, a folder that exists, and, before anything is written, for a push
-    without a licence or a login.
+    Raises DdkError for a run that is not finished, weights that are not those that it saved, a folder that exists, and,
+    before anything is written, for a push without a licence or a login.
     """
     target.check()
     run = load_run(place)

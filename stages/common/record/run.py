@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, first_mistake
 from ddk_pipe.pipeline.manifest import Manifest
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
@@ -190,9 +190,7 @@ def _json(path: Path, kind: type[_Read]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DdkError(f"{path}: damaged ({place}: {first['msg']})", hint=MAKE_AGAIN) from None
+        raise DdkError(f"{path}: damaged ({first_mistake(problem)})", hint=MAKE_AGAIN) from None
     except (ValueError, TypeError, RecursionError):
         raise DdkError(f"{path}: damaged", hint=MAKE_AGAIN) from None
     return values

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import ddk_pipe
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, first_mistake
 from ddk_pipe.pipeline.models import weights_files
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common.progress import say
@@ -53,8 +53,7 @@ def read_student_record(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValidationError as problem:
-        first = problem.errors()[0]
-        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _damaged(path, first_mistake(problem)) from None
     except (OSError, ValueError, RecursionError):
         raise _damaged(path, "no record of a student") from None
     return values

@@ -105,12 +105,10 @@ def _teacher(project: Project, digests: Digests, *, finished: bool) -> str | Non
 def _weights(
     name: str, field: str, digests: Digests, *, revision: str | None = None, finished: bool
 ) -> str | None:
-    folder = model_here(name, revision=revision) if finished else _there(name, field, revision)
-    return None if folder is None else digests.of(folder)
-
-
-def _there(name: str, field: str, revision: str | None) -> Path:
-    return model_folder(name, field=field, revision=revision)
+    if finished:
+        folder = model_here(name, revision=revision)
+        return None if folder is None else digests.of(folder)
+    return digests.of(model_folder(name, field=field, revision=revision))
 
 
 def _student(project: Project, digests: Digests, *, finished: bool) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import ddk_pipe
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, first_mistake
 from ddk_pipe.pipeline.storage import durable
 
 NAME = "identity.json"
@@ -92,7 +92,4 @@ def write_identity(run: Path, identity: Identity, known: dict[str, dict[str, str
 
 
 def _first(problem: Exception) -> str:
-    if isinstance(problem, ValidationError):
-        first = problem.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
-    return str(problem)[:200]
+    return (first_mistake(problem) if isinstance(problem, ValidationError) else str(problem))[:200]

@@ -86,17 +86,15 @@ class Parts:
 
     def _prove_saved(self, lm: Any) -> None:
         """Once a run, where it starts, and on one process; the others are told what it found."""
-        manifest, run, problem = self.project.manifest, self.project.run, None
+        manifest, run = self.project.manifest, self.project.run
         assert manifest.student is not None
         field, trust = origin(manifest.student, manifest.teacher)
-        if self.world.leads and not any((run / "checkpoints").glob("step-*")):
-            try:
+
+        def prove() -> None:
+            if not any((run / "checkpoints").glob("step-*")):
                 prove_saved(lm, self.tokenizer, run, field=field, trust_remote_code=trust)
-            except DdkError as found:
-                problem = found
-        (problem, *_) = self.world.gather(problem)
-        if problem is not None:
-            raise problem
+
+        self.world.of_leader(prove)
 
     def _dtype(self) -> torch.dtype:
         return pick_dtype(self.options.precision, self.device)

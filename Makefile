@@ -37,7 +37,7 @@ test: setup ## all tests: those without vLLM and the real teacher side by side, 
 	$(SIDE_BY_SIDE) --dist loadfile -m "not real"
 	$(BIN)/pytest -m real
 
-test-fast: setup ## most tests that need neither, side by side: two minutes
+test-fast: setup ## most tests that need neither, side by side: about three minutes on two cores
 	$(SIDE_BY_SIDE) --dist loadgroup -m "not real and not slow"
 
 lint: setup ## ruff, mypy, import-linter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_the_log_of_what_was_not_shown_is_named_where_there_is_one() -> None:
             raise RuntimeError(DEAD)
         line, log = str(refused.value), unheard.path
         del unheard, refused
+        gc.collect()  # an exception and the frames of its traceback hold one another
         assert log.exists() == bool(said)
         assert (f"(its log: {log}; {SHOW}=1 shows where)" in line) == bool(said)
         assert ("see its log above" in line) != bool(said)

@@ -23,10 +23,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.checks import check_implementation, check_layer, check_shapes, labelled
+from ddk_pipe.pipeline.losses.checks import check_implementation, check_layer, check_shapes, check_states
 from ddk_pipe.pipeline.losses.gradient_skip import GradientSkip
 from ddk_pipe.pipeline.losses.logit_gradient import loss_and_gradient_, soft_cap_, triton_loss_and_gradient_
-from ddk_pipe.pipeline.losses.terms import Batch, Direction, SparseKdLoss, Terms
+from ddk_pipe.pipeline.losses.rows import LabelledRows, labelled_rows
+from ddk_pipe.pipeline.losses.terms import Direction, SparseKdLoss, Terms
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 Implementation = Literal["auto", "chunked", "triton"]
@@ -89,20 +90,91 @@ def linear_sparse_kd(
     what "triton" does not do, gradient_skip on another device than the CPU, and in a backward with
     create_graph=True.
     """
-    skip = None if gradient_skip is None else GradientSkip(gradient_skip, generator)
-    by_triton = check_implementation(implementation, direction, skip, hidden.device)
-    terms = Terms(gamma, temperature, direction, by_triton, softcap, skip)
+    terms = _terms(
+        hidden.device, implementation, gamma, temperature, direction, softcap, gradient_skip, generator
+    )
     check_shapes(hidden, "hidden", "d", labels, targets)
     check_layer(hidden, weight, bias)
+    rows = labelled_rows(
+        labels,
+        targets,
+        vocab=weight.shape[0],
+        gamma=gamma,
+        direction=direction,
+        ignore_index=ignore_index,
+        dtype=_accumulator(weight.dtype),
+    )
+    return _checked(hidden, weight, bias, rows, terms)
+
+
+def rows_sparse_kd(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: LabelledRows,
+    *,
+    gamma: float,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    bias: Tensor | None = None,
+    implementation: Implementation = "auto",
+    softcap: float | None = None,
+    gradient_skip: float | None = None,
+    generator: torch.Generator | None = None,
+) -> SparseKdLoss:
+    """`linear_sparse_kd` of rows that were checked before: the host never waits for the device.
+
+    rows  `labelled_rows` of the N positions of `hidden`, for this vocabulary, gamma and direction, on the device of
+          `hidden`; with float64 weights for a float64 output layer. What they hold is not looked at again
+    The rest is as in `linear_sparse_kd`. Raises ValueError for shapes, devices, dtypes or options that do not fit,
+    NotImplementedError as there.
+    """
+    terms = _terms(
+        hidden.device, implementation, gamma, temperature, direction, softcap, gradient_skip, generator
+    )
+    check_states(hidden, rows.positions, rows.labels)
+    check_layer(hidden, weight, bias)
+    return _checked(hidden, weight, bias, rows, terms)
+
+
+def _terms(
+    device: torch.device,
+    implementation: Implementation,
+    gamma: float,
+    temperature: float,
+    direction: Direction,
+    softcap: float | None,
+    gradient_skip: float | None,
+    generator: torch.Generator | None,
+) -> Terms:
+    skip = None if gradient_skip is None else GradientSkip(gradient_skip, generator)
+    by_triton = check_implementation(implementation, direction, skip, device)
+    return Terms(gamma, temperature, direction, by_triton, softcap, skip)
+
+
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: LabelledRows, terms: Terms
+) -> SparseKdLoss:
+    """The loss of what fits together; autocast decides the operands and is then out of the way."""
     operand = _operand_dtype(weight)
-    accumulator = torch.float64 if operand == torch.float64 else torch.float32
-    batch = labelled(labels, targets, weight.shape[0], terms, ignore_index, accumulator)
+    found, expected = rows.log_weights.dtype, _accumulator(operand)
+    if found != expected:
+        raise ValueError(f"rows with weights in {found}: expected {expected} for {operand} operands")
     with torch.autocast(hidden.device.type, enabled=False):
-        return _loss(hidden, weight, bias, batch, terms, operand)
+        return _loss(hidden, weight, bias, rows, terms, operand)
+
+
+def _accumulator(operand: torch.dtype) -> torch.dtype:
+    """Of softmax, sums and gradients."""
+    return torch.float64 if operand == torch.float64 else torch.float32
 
 
 def _loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, terms: Terms, operand: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: LabelledRows,
+    terms: Terms,
+    operand: torch.dtype,
 ) -> SparseKdLoss:
     """The sums, differentiable where a gradient is wanted."""
     layer = (hidden, weight, bias)
@@ -124,7 +196,7 @@ class _LinearSparseKd(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        batch: Batch,
+        batch: LabelledRows,
         terms: Terms,
         operand: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +240,7 @@ def _chunked(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    batch: Batch,
+    batch: LabelledRows,
     terms: Terms,
     operand: torch.dtype,
     wanted: tuple[bool, bool, bool],

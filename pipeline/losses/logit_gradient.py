@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.terms import NEG_INF, Batch, Direction, Terms
+from ddk_pipe.pipeline.losses.rows import LabelledRows
+from ddk_pipe.pipeline.losses.terms import NEG_INF, Direction, Terms
 
 
 def soft_cap_(z: Tensor, cap: float, slope: Tensor | None) -> None:
@@ -24,7 +25,7 @@ def soft_cap_(z: Tensor, cap: float, slope: Tensor | None) -> None:
 
 
 def loss_and_gradient_(
-    z: Tensor, batch: Batch, terms: Terms, softened: Tensor | None, want_gradient: bool
+    z: Tensor, batch: LabelledRows, terms: Terms, softened: Tensor | None, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """z [n, V]: logits in, d(CE + gamma T^2 KL)/dz out. Returns CE [n] and KL [n].
 
@@ -67,7 +68,7 @@ def loss_and_gradient_(
 
 
 def triton_loss_and_gradient_(
-    z: Tensor, batch: Batch, terms: Terms, want_gradient: bool
+    z: Tensor, batch: LabelledRows, terms: Terms, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The same by the row kernel: two readings and one writing of z, no scratch."""
     from ddk_pipe.triton_kernels.sparse_kl import sparse_kl  # only here: it imports triton
@@ -75,7 +76,7 @@ def triton_loss_and_gradient_(
     return sparse_kl(
         z,
         batch.labels,
-        batch.ids.int(),
+        batch.ids,
         batch.log_weights[:, :-1],
         batch.log_weights[:, -1],
         gamma=terms.gamma,

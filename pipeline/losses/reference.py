@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses.checks import check_shapes, labelled
-from ddk_pipe.pipeline.losses.terms import NEG_INF, Batch, Direction, SparseKdLoss, Terms
+from ddk_pipe.pipeline.losses.checks import check_shapes
+from ddk_pipe.pipeline.losses.rows import LabelledRows, labelled_rows
+from ddk_pipe.pipeline.losses.terms import NEG_INF, Direction, SparseKdLoss, Terms
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 
@@ -42,24 +43,32 @@ def sparse_kd_reference(
     """
     terms = Terms(gamma, temperature, direction)
     check_shapes(logits, "logits", "V", labels, targets)
-    batch = labelled(labels, targets, logits.shape[1], terms, ignore_index, torch.float64)
-    z = logits.double()[batch.live]
-    ce = -torch.log_softmax(z, 1).gather(1, batch.labels[:, None]).sum()
-    kl = _reference_kl(torch.log_softmax(z / temperature, 1), batch, direction)
-    return SparseKdLoss(terms.total(ce, kl), ce, kl, len(batch.live))
+    rows = labelled_rows(
+        labels,
+        targets,
+        vocab=logits.shape[1],
+        gamma=gamma,
+        direction=direction,
+        ignore_index=ignore_index,
+        dtype=torch.float64,
+    )
+    z = logits.double()[rows.live]
+    ce = -torch.log_softmax(z, 1).gather(1, rows.labels[:, None]).sum()
+    kl = _reference_kl(torch.log_softmax(z / temperature, 1), rows, direction)
+    return SparseKdLoss(terms.total(ce, kl), ce, kl, len(rows))
 
 
-def _reference_kl(log_student: Tensor, batch: Batch, direction: Direction) -> Tensor:
+def _reference_kl(log_student: Tensor, rows: LabelledRows, direction: Direction) -> Tensor:
     """log_student [n, V] float64 -> the KL over the classes "each id" and "the tail", summed."""
-    row, slot = (batch.ids >= 0).nonzero(as_tuple=True)
-    token = batch.ids[row, slot].long()
+    row, slot = (rows.ids >= 0).nonzero(as_tuple=True)
+    token = rows.ids[row, slot].long()
     kept = torch.zeros_like(log_student, dtype=torch.bool)
     kept[row, token] = True
-    log_tail = batch.log_weights[:, -1]
+    log_tail = rows.log_weights[:, -1]
     has_tail = (log_tail > NEG_INF) & ~kept.all(1)
     outside = log_student[has_tail].masked_fill(kept[has_tail], NEG_INF).logsumexp(1)
     student = torch.cat([log_student[row, token], outside])
-    teacher = torch.cat([batch.log_weights[row, slot], log_tail[has_tail]])
+    teacher = torch.cat([rows.log_weights[row, slot], log_tail[has_tail]])
     if direction == "forward":
         return _relative_entropy(teacher, student)
     return _relative_entropy(student, teacher)

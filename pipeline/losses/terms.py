@@ -57,22 +57,3 @@ class Terms:
     def total(self, ce: Tensor, kl: Tensor) -> Tensor:
         """ce + gamma T^2 kl; an infinite kl does not matter where gamma is 0."""
         return ce + self.gamma * self.temperature**2 * kl if self.gamma else ce + 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The n labelled positions, checked: every label and id is a token of the vocabulary.
-
-    live        int64 [n]       their places among the N positions
-    labels      int64 [n]
-    ids         int   [n, K]    unique in a row; padding is -1. The caller's own where all are labelled
-    log_weights       [n, K+1]  nats; the tail comes last; -inf at padding and for no tail
-    """
-
-    live: Tensor
-    labels: Tensor
-    ids: Tensor
-    log_weights: Tensor
-
-    def rows(self, part: slice) -> Batch:
-        return Batch(self.live[part], self.labels[part], self.ids[part], self.log_weights[part])

@@ -43,6 +43,7 @@ from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import TRAIN, open_split
 from ddk_pipe.stages.common import prepare_cpu
+from ddk_pipe.stages.distill import Batch
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.sources import _bare
@@ -115,13 +116,15 @@ class Steps:
         data = next(self.data)
         self.waited += data.waited_seconds
         if self.variant in ("ours", "ours_skip", "online_dense"):
-            self.parts.stepper.step(self.position.step, data.windows, data.names)
+            self.parts.stepper.step(self.position.step, data)
+            list(self.parts.stepper.settle())
         else:
-            self._transformers_step(data.windows)
+            self._transformers_step(data.batches)
 
-    def _transformers_step(self, windows: list[Any]) -> None:
-        tokens = torch.stack([torch.from_numpy(window.tokens) for window in windows])
-        labels = torch.stack([torch.from_numpy(window.labels) for window in windows])
+    def _transformers_step(self, batches: list[Batch]) -> None:
+        device = self.parts.device
+        tokens = torch.cat([batch.tokens for batch in batches]).to(device)
+        labels = torch.cat([batch.labels for batch in batches]).to(device)
         # transformers shifts by itself: the label of position t is token t + 1
         shifted = torch.full_like(labels, NO_LABEL)
         shifted[:, 1:] = labels[:, :-1]
@@ -148,14 +151,14 @@ class Steps:
 def choose_skip(manifest: Path, student: str) -> tuple[float, float]:
     """(threshold of gradient_skip, its gradient's error relative to the exact gradient's norm)."""
     steps = Steps(manifest, student, "ours")
-    windows, stepper = next(steps.data).windows, steps.parts.stepper
-    labels = float(sum(int((window.labels != NO_LABEL).sum()) for window in windows))
+    batches, stepper = next(steps.data).batches, steps.parts.stepper
+    labels = float(sum(len(batch.rows.live) for batch in batches))
     exact_options = stepper.options
 
     def gradient(threshold: float | None) -> list[torch.Tensor]:
         steps.parts.optimizer.zero_grad(set_to_none=True)
         stepper.options = exact_options.model_copy(update={"gradient_skip": threshold})
-        stepper._backward(0, windows, labels, GAMMA)
+        stepper._backward(0, batches, labels, GAMMA)
         return [p.grad.clone() for p in steps.parts.student.parameters() if p.grad is not None]
 
     def norm(tensors: list[torch.Tensor]) -> float:

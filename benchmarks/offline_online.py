@@ -30,10 +30,10 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import Row, goal, report, teacher_option
 from torch import Tensor
@@ -42,11 +42,11 @@ from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.losses import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.common import prepare_cpu
-from ddk_pipe.stages.distill import sparse_batch
+from ddk_pipe.stages.distill import Batch
 from ddk_pipe.stages.distill.identity import asked_for, begin
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.run import Run
-from ddk_pipe.stages.distill.sources import Batch, CacheSource, OnlineSource, Source
+from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
 from ddk_pipe.stages.prepare import prepare
 from ddk_pipe.stages.teachers.hf import HfTeacher
 
@@ -74,14 +74,15 @@ class Known:
         self._states: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
-    def targets(self, windows: list[CachedWindow]) -> DenseTargets:
-        """Its whole distribution at every position of these windows."""
-        for window in windows:
-            if window.tokens.tobytes() not in self._states:
-                tokens = torch.from_numpy(window.tokens.astype(np.int64))[None]
-                self._states[window.tokens.tobytes()] = self.teacher.head.states(tokens)[0]
-        states = torch.cat([self._states[window.tokens.tobytes()] for window in windows])
-        return DenseTargets(states, self.teacher.head.logits, self.teacher.vocab_size)
+    def targets(self, windows: Tensor) -> DenseTargets:
+        """Its whole distribution at every position of these windows, int64 [windows, seq_len]."""
+        known = []
+        for tokens in windows:
+            key = tokens.numpy().tobytes()
+            if key not in self._states:
+                self._states[key] = self.teacher.head.states(tokens[None].long())[0]
+            known.append(self._states[key])
+        return DenseTargets(torch.cat(known), self.teacher.head.logits, self.teacher.vocab_size)
 
 
 class KnownOnline(OnlineSource):
@@ -89,11 +90,10 @@ class KnownOnline(OnlineSource):
 
     known: Known | None = None
 
-    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+    def complete(self, batch: Batch) -> Batch:
         if KnownOnline.known is None:
             KnownOnline.known = Known(self.teacher)
-        bare = sparse_batch(windows, device)
-        return Batch(bare.tokens, bare.labels, KnownOnline.known.targets(windows))
+        return replace(batch, dense=KnownOnline.known.targets(batch.tokens))
 
 
 class OnlineParts(Parts):
@@ -126,13 +126,13 @@ class Judge:
     def _domain(self, lm: Any, windows: list[CachedWindow]) -> tuple[float, float]:
         ce, kl, positions = 0.0, 0.0, 0
         for window in windows:
-            batch = sparse_batch([window], torch.device("cpu"))
-            hidden = lm.base_model(input_ids=batch.tokens.long(), use_cache=False).last_hidden_state
+            tokens, labels = torch.from_numpy(window.tokens)[None], torch.from_numpy(window.labels)
+            hidden = lm.base_model(input_ids=tokens.long(), use_cache=False).last_hidden_state
             loss = linear_dense_kd(
                 hidden[0],
                 lm.get_output_embeddings().weight,
-                batch.labels[0],
-                self.known.targets([window]),
+                labels,
+                self.known.targets(tokens),
                 gamma=GAMMA,
             )
             ce, kl, positions = ce + float(loss.ce), kl + float(loss.kl), positions + loss.positions

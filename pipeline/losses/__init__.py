@@ -15,11 +15,12 @@ from ddk_pipe.pipeline.losses.measures import (
 )
 from ddk_pipe.pipeline.losses.reference import sparse_kd_reference
 from ddk_pipe.pipeline.losses.rows import LabelledRows, labelled_rows
-from ddk_pipe.pipeline.losses.terms import SparseKdLoss
+from ddk_pipe.pipeline.losses.terms import Direction, SparseKdLoss
 
 __all__ = [
     "N_SUMS",
     "DenseTargets",
+    "Direction",
     "LabelledRows",
     "SparseKdLoss",
     "labelled_rows",

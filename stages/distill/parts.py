@@ -11,6 +11,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Distill, Project, windows_per_step
 from ddk_pipe.pipeline.mixing import DomainSampler, mixing_rule
 from ddk_pipe.stages.common import pick_device, pick_dtype
+from ddk_pipe.stages.distill.batches import BatchMaker
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
 from ddk_pipe.stages.distill.optimizer import make_optimizer
 from ddk_pipe.stages.distill.schedules import stable_steps
@@ -55,8 +56,20 @@ class Parts:
         )
         self.validation = Validation(project, self.source, self.wrapped, self._autocast)
         self.teacher_ce = self.validation.teacher_ce
+        self.make_batch = BatchMaker.of(
+            self.student,
+            direction=self.options.direction,
+            sparse=self.options.targets == "cache",
+            pin=self.device.type == "cuda",
+        )
         self.stepper = Stepper(
-            self.options, self.source, self.wrapped, self.optimizer, self._autocast, self.domains
+            self.options,
+            self.source,
+            self.make_batch,
+            self.wrapped,
+            self.optimizer,
+            self._autocast,
+            self.domains,
         )
         self.checkpoints = Checkpoints(
             project.run / "checkpoints",

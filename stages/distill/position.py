@@ -14,6 +14,7 @@ FREE = {
     "name",
     "device",
     "checkpoint_steps",
+    "log_steps",
     "keep_last",
     "keep_best",
     "trackers",

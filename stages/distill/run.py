@@ -10,15 +10,17 @@ import numpy as np
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.metrics import Record
 from ddk_pipe.pipeline.mixing import check_weights
-from ddk_pipe.stages.common import StopFlag, StoppedEarly, say, stop_flag, track
+from ddk_pipe.stages.common import StopFlag, StoppedEarly, Tracker, say, stop_flag, track
+from ddk_pipe.stages.distill.batches import StepData
 from ddk_pipe.stages.distill.ending import finish
 from ddk_pipe.stages.distill.identity import Identity
 from ddk_pipe.stages.distill.intervals import begin_first, end_interval
 from ddk_pipe.stages.distill.journal import Journal
+from ddk_pipe.stages.distill.pace import Pace, log_steps
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.trackers import Trackers
-from ddk_pipe.stages.distill.windows import StepData, steps_of_windows
+from ddk_pipe.stages.distill.windows import steps_of_windows
 
 
 class Run:
@@ -82,16 +84,19 @@ class Run:
     def _train(self, position: Position, journal: Journal, stop: StopFlag) -> None:
         tokens_per_step = self.parts.tokens_per_step
         done, total = position.step * tokens_per_step, self.options.steps * tokens_per_step
+        pace = Pace(position.step, log_steps(self.options, self.parts.device))
         with track("distill", total, "tokens", done=done) as advance:
             while position.step < self.options.steps and not position.finished:
                 # here, and not where the interval ends: a run killed in between is asked about the same step
                 if position.gap is not None and self.is_bad is not None and self.is_bad(position.step):
                     raise StoppedEarly(position.step)
                 for data in steps_of_windows(self.parts, position):
-                    row = self._step(position, data)
-                    journal.step(row)
-                    advance(tokens_per_step, f"step {position.step}  loss {row['loss']:.3f}")
-                    if position.step in (self.options.steps, self._end_of(position.step)):
+                    self._step(position, data)
+                    ends = position.step in (self.options.steps, self._end_of(position.step))
+                    if not (ends or pace.due(position.step) or self._checkpoint_is_due(position)):
+                        continue
+                    pace.read(position.step, self._settle(position, journal, advance))
+                    if ends:
                         break
                     self._maybe_checkpoint(position, journal, stopping=stop.anywhere(self.world.sum))
                     if stop.agreed:
@@ -100,28 +105,31 @@ class Run:
                 if stop.anywhere(self.world.sum):
                     return
 
-    def _step(self, position: Position, data: StepData) -> dict[str, Any]:
-        """One optimizer step; returns its row of the record."""
-        row = self.parts.stepper.step(position.step, data.windows, data.names)
-        seconds = row.pop("seconds")
-        position.step, position.gap = row["step"], None
-        position.seconds += seconds
-        tokens = self.parts.tokens_per_step
-        return {
-            **row,
-            "tokens": position.step * tokens,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-            "data_wait_seconds": data.waited_seconds,
-            "data_order": data.digest,
-        }
+    def _step(self, position: Position, data: StepData) -> None:
+        self.parts.stepper.step(position.step, data)
+        position.step, position.gap = position.step + 1, None
+
+    def _settle(self, position: Position, journal: Journal, advance: Tracker) -> float:
+        """Write down the steps since the last time; returns the seconds that one took, the same on every process."""
+        tokens, seconds = self.parts.tokens_per_step, 0.0
+        for row in self.parts.stepper.settle():
+            seconds = row.pop("seconds")
+            position.seconds += seconds
+            rate = tokens / max(seconds, 1e-9)
+            journal.step({**row, "tokens": row["step"] * tokens, "tokens_per_second": rate})
+            advance(tokens, f"step {row['step']}  loss {row['loss']:.3f}")
+        return float(self.world.sum(np.array([seconds]))[0]) / self.world.size
 
     def _end_of(self, step: int) -> int:
         """The step that ends the interval to which this step belongs."""
         return -(-step // self.options.interval_steps) * self.options.interval_steps
 
     def _maybe_checkpoint(self, position: Position, journal: Journal, *, stopping: bool) -> None:
-        every = self.options.checkpoint_steps
-        if stopping or (every is not None and position.step % every == 0):
+        if stopping or self._checkpoint_is_due(position):
             journal.checkpoint(position)
         else:
             self.checkpoints.poll()
+
+    def _checkpoint_is_due(self, position: Position) -> bool:
+        every = self.options.checkpoint_steps
+        return every is not None and position.step % every == 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.errors import DdkError
@@ -15,7 +14,7 @@ from ddk_pipe.pipeline.losses import DenseTargets
 from ddk_pipe.pipeline.manifest import Project, check_tail
 from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config, text_config
 from ddk_pipe.pipeline.storage import is_url
-from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets, stack
+from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets
 from ddk_pipe.pipeline.text import (
     SPLITS,
     TRAIN,
@@ -26,18 +25,10 @@ from ddk_pipe.pipeline.text import (
     predicted_ids,
     tokenizer_digest,
 )
+from ddk_pipe.stages.distill.batches import Batch
 
 NEAR_READERS, FAR_READERS = 2, 8  # threads that read windows, from a disk and from an object store
 ONLINE_VALIDATION_K = 128  # the teacher's tokens kept for validation; the rest is one bucket
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some windows on the device: tokens, labels int64 [windows, seq_len], targets of all their positions."""
-
-    tokens: Tensor
-    labels: Tensor
-    targets: SparseTargets | DenseTargets
 
 
 class Source(Protocol):
@@ -58,18 +49,9 @@ class Source(Protocol):
         """At most so many validation windows, with sparse targets and the teacher's label log-probabilities."""
         ...
 
-    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
-        """Training windows with their targets on the device."""
+    def complete(self, batch: Batch) -> Batch:
+        """A batch of training windows on the student's device, with what is only known there."""
         ...
-
-
-def sparse_batch(windows: list[CachedWindow], device: torch.device) -> Batch:
-    """Windows as they are, on the device."""
-    return Batch(
-        torch.from_numpy(np.stack([window.tokens for window in windows])).to(device),
-        torch.from_numpy(np.stack([window.labels for window in windows])).to(device),
-        stack([window.targets for window in windows]).to(device),
-    )
 
 
 class CacheSource:
@@ -93,17 +75,16 @@ class CacheSource:
         self.readers = FAR_READERS if is_url(self.reader.folder.name) else NEAR_READERS
 
     def read(self, domain: int, window: int) -> CachedWindow:
-        return self.reader.read(self.domains[domain], TRAIN, window)
+        found = self.reader.read(self.domains[domain], TRAIN, window)
+        return replace(found, targets=found.targets.renormalised()) if self.renormalise else found
 
     def validation(self, domain: int, most: int) -> list[CachedWindow]:
         name = self.domains[domain]
         wanted = range(min(self.reader.size(name, VALIDATION).windows, most))
         return [self.reader.read(name, VALIDATION, window) for window in wanted]
 
-    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
-        if self.renormalise:
-            windows = [replace(window, targets=window.targets.renormalised()) for window in windows]
-        return sparse_batch(windows, device)
+    def complete(self, batch: Batch) -> Batch:
+        return batch
 
 
 class OnlineSource:
@@ -164,14 +145,13 @@ class OnlineSource:
             for window, selected in zip(bare, chosen, strict=True)
         ]
 
-    def batch(self, windows: list[CachedWindow], device: torch.device) -> Batch:
+    def complete(self, batch: Batch) -> Batch:
         head = self.teacher.head
-        bare = sparse_batch(windows, device)
         service = replace(self.teacher.service, batch="distill.micro_batch_windows")
         with torch.no_grad(), service.one_line("cannot serve"):
-            states = head.states(self.teacher.to_model(bare.tokens))
-        rows = states.flatten(0, 1).to(device)
-        return Batch(bare.tokens, bare.labels, DenseTargets(rows, head.logits, head.vocab_size))
+            states = head.states(self.teacher.to_model(batch.tokens))
+        states = states.flatten(0, 1).to(batch.tokens.device)
+        return replace(batch, dense=DenseTargets(states, head.logits, head.vocab_size))
 
 
 def _bare(split: Split, index: int) -> CachedWindow:

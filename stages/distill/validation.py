@@ -16,7 +16,8 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import N_SUMS, summary
 from ddk_pipe.pipeline.manifest import Project, windows_per_domain
 from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.stages.distill.sources import Source, sparse_batch, teacher_ce
+from ddk_pipe.stages.distill.batches import BatchMaker
+from ddk_pipe.stages.distill.sources import Source, teacher_ce
 from ddk_pipe.stages.distill.world import Wrapped
 
 FloatArray = NDArray[np.float64]
@@ -42,6 +43,7 @@ class Validation:
     ) -> None:
         self.options, self.wrapped, self.autocast = project.manifest.distill, wrapped, autocast
         self.domains, self.exact = list(project.manifest.domains), source.exact
+        self.make_batch = BatchMaker.of(wrapped.student)
         self.device = next(wrapped.student.parameters()).device
         most = windows_per_domain(self.options, project.manifest.seq_len, len(self.domains))
         self.windows = [source.validation(index, most) for index in range(len(self.domains))]
@@ -80,12 +82,12 @@ class Validation:
             mine = everyone[world.rank :: world.size] or [
                 _silent(everyone[0])
             ]  # shards need everyone's forward
-            batch = sparse_batch(mine, self.device)
+            batch = self.make_batch(mine).to(self.device)
             with self.autocast():
                 total += module(
                     batch.tokens,
                     batch.labels,
-                    batch.targets,
+                    batch.rows,
                     measuring=True,
                     temperature=self.options.temperature,
                 )

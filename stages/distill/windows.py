@@ -1,10 +1,10 @@
-"""What each step trains on: the windows of an interval in an order that is the same on every process, read ahead."""
+"""What each step trains on: the windows of an interval in an order that is the same on every process, read ahead and
+made into batches beside the steps before."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -13,18 +13,9 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.mixing import rank_slice
 from ddk_pipe.pipeline.storage import durable, prefetch
+from ddk_pipe.stages.distill.batches import StepData
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What one step trains on."""
-
-    windows: list[CachedWindow]  # this process's
-    names: NDArray[np.int64]  # their (domain, window), int64 [windows, 2]
-    digest: str  # of the (domain, window) list of all processes: the record shows that the order was the same
-    waited_seconds: float
 
 
 def steps_of_windows(parts: Parts, position: Position) -> Iterator[StepData]:
@@ -41,10 +32,18 @@ def steps_of_windows(parts: Parts, position: Position) -> Iterator[StepData]:
         return parts.source.read(int(row[0]), int(row[1]))
 
     windows = prefetch(read, np.concatenate(own), ahead=each, threads=parts.source.readers)
+    sizes = _micro_batches(each, options.micro_batch_windows)
+    grouped = (list(islice(windows, size)) for _ in own for size in sizes)
+    batches = prefetch(parts.make_batch, grouped, ahead=len(sizes), threads=1)
     for step, mine in zip(every, own, strict=True):
         began = time.monotonic()
-        read_ahead = list(islice(windows, each))
-        yield StepData(read_ahead, mine, durable.digest(step.tobytes())[:16], time.monotonic() - began)
+        ready = list(islice(batches, len(sizes)))
+        yield StepData(ready, mine, durable.digest(step.tobytes())[:16], time.monotonic() - began)
+
+
+def _micro_batches(windows: int, most: int) -> list[int]:
+    """How many windows each forward pass of a step takes."""
+    return [min(most, windows - start) for start in range(0, windows, most)]
 
 
 def _interval(parts: Parts, position: Position) -> NDArray[np.int64]:

@@ -60,6 +60,12 @@ class World:
         dist.all_reduce(total)
         return total.numpy()
 
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """Sums over all processes in the place of `values`, the same bits on each; on a GPU nothing waits for them."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
         if not self.distributed:
@@ -149,10 +155,9 @@ class Wrapped:
         if self.sharded:
             self.module.reshard()  # type: ignore[operator]
 
-    def clip(self, limit: float | None) -> float:
-        """Scale the gradients down to norm `limit`; returns their norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit or math.inf)
-        return float(whole(norm))
+    def clip(self, limit: float | None) -> Tensor:
+        """Scale the gradients down to norm `limit`; returns their norm before, [] on the device."""
+        return whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit or math.inf))
 
     def weights(self) -> dict[str, Tensor] | None:
         """All weights whole on the CPU of the first process, by the model's own names; every process must ask.

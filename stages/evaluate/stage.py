@@ -40,7 +40,7 @@ from ddk_pipe.stages.common import (
     show_table,
     track,
 )
-from ddk_pipe.stages.distill import DistillStudent, logit_softcap, sparse_batch, teacher_ce
+from ddk_pipe.stages.distill import BatchMaker, DistillStudent, logit_softcap, teacher_ce
 from ddk_pipe.stages.evaluate.origin import say_if_another
 
 Result = dict[str, Any]
@@ -155,12 +155,11 @@ def _domain(
     exact: bool,
 ) -> Result:
     student, sums = DistillStudent(model), torch.zeros(N_SUMS, dtype=torch.float64)
+    make_batch = BatchMaker.of(student)
     for start in range(0, len(windows), request.batch_windows):
-        batch = sparse_batch(windows[start : start + request.batch_windows], model.device)
+        batch = make_batch(windows[start : start + request.batch_windows]).to(model.device)
         with torch.no_grad():
-            found = student(
-                batch.tokens, batch.labels, batch.targets, measuring=True, temperature=temperature
-            )
+            found = student(batch.tokens, batch.labels, batch.rows, measuring=True, temperature=temperature)
         sums += found.cpu()
     size = sum(label_bytes(tokenizer, window.labels) for window in windows)
     facts = summary(sums.numpy(), exact=exact)

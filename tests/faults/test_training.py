@@ -25,11 +25,14 @@ from runs import assert_same_bits
 from tiny import write_project
 from typer.testing import CliRunner
 
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.manifest import load_project
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.cli import app, main
 from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill.batches import StepData
 from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.sources import CacheSource
 from ddk_pipe.stages.distill.step import Stepper
 from ddk_pipe.stages.distill.world import World, join_world
 
@@ -131,15 +134,26 @@ class Ranks:
 
     def turn_nan(self, patch: pytest.MonkeyPatch) -> None:
         """A fault that no sound cache has: from the fourth step on, a window of the second rank has NaN targets."""
-        real, rank = Stepper.step, self.world.rank
+        real, real_read, rank = Stepper.step, CacheSource.read, self.world.rank
+        sick: list[tuple[int, int]] = []
 
-        def step(self: Stepper, done: int, windows: Any, names: Any) -> Any:
+        def step(self: Stepper, done: int, data: StepData) -> None:
             if done >= 3 and rank == 1:
-                windows[0].targets.logprobs[:] = float("nan")
-                print(f"sick {self.domains[names[0, 0]]}/train/{names[0, 1]}")
-            return real(self, done, windows, names)
+                domain, window = data.names[0].tolist()
+                sick.append((domain, window))
+                rows = data.batches[0].rows
+                rows.log_weights[rows.live < len(data.batches[0].tokens[0])] = float("nan")
+                print(f"sick {self.domains[domain]}/train/{window}")
+            real(self, done, data)
+
+        def read(self: CacheSource, domain: int, window: int) -> CachedWindow:
+            found = real_read(self, domain, window)
+            if (domain, window) in sick:
+                found.targets.logprobs[:] = float("nan")
+            return found
 
         patch.setattr(Stepper, "step", step)
+        patch.setattr(CacheSource, "read", read)
 
 
 def fill_disk(disk: Path, arguments: list[str]) -> None:

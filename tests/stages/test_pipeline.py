@@ -353,10 +353,9 @@ def test_a_renormalised_run_trains_on_heads_without_their_tail(make_project: Mak
     project = load_project(make_project(cache={"scheme": "topk", "k": 4}), ["distill.tail=renormalise"])
     cache_teacher(project)
     source = CacheSource(project)
-    window = source.read(0, 0)
+    window = source.reader.read(source.domains[0], TRAIN, 0)
     assert (window.targets.tail > float("-inf")).any()
-    targets = source.batch([window], torch.device("cpu")).targets
-    assert isinstance(targets, SparseTargets)
+    targets = source.read(0, 0).targets
     targets.validate()
     assert (targets.tail == float("-inf")).all()
     assert targets.logprobs.equal(window.targets.renormalised().logprobs)
@@ -408,7 +407,6 @@ def test_kept_layers_are_the_teachers(project: Project, tiny_teacher: Path) -> N
 
 def test_target_entropy_turns_kl_into_cross_entropy() -> None:
     from ddk_pipe.pipeline.losses import sparse_kd_reference
-    from ddk_pipe.pipeline.targets import SparseTargets
 
     weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
     targets = SparseTargets(

@@ -6,10 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddk_pipe.pipeline.losses import DenseTargets, SparseKdLoss, linear_dense_kd, linear_sparse_kd, measure
+from ddk_pipe.pipeline.losses import (
+    DenseTargets,
+    LabelledRows,
+    SparseKdLoss,
+    labelled_rows,
+    linear_dense_kd,
+    measure_rows,
+    rows_sparse_kd,
+)
 from ddk_pipe.pipeline.models import decoder_of, text_config
 from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.stages.distill.students.layers import layer_list
+from ddk_pipe.stages.distill.students.whole_windows import known_as_one_sequence
 
 
 class DistillStudent(nn.Module):
@@ -29,24 +38,30 @@ class DistillStudent(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor,
-        targets: SparseTargets | DenseTargets | None,
+        targets: LabelledRows | SparseTargets | DenseTargets,
         *,
         measuring: bool = False,
         **options: Any,
     ) -> SparseKdLoss | Tensor:
-        """tokens, labels int64 [windows, seq_len]; targets of windows * seq_len positions, or None for CE alone.
+        """tokens, labels int64 [windows, seq_len]; targets of the windows * seq_len positions, sparse, sparse and checked
+        (of those that have a label), or the whole distribution.
 
         `measuring`: the sums of `pipeline.losses.measure` in place of the loss.
         """
-        hidden = decoder_of(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        with known_as_one_sequence():
+            hidden = decoder_of(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self.lm.get_output_embeddings()
         layer: dict[str, Any] = {"bias": getattr(head, "bias", None), "softcap": self.softcap}
-        if measuring:
-            assert isinstance(targets, SparseTargets)
-            return measure(hidden, head.weight, labels.flatten(), targets, **layer, **options)
         if isinstance(targets, DenseTargets):
             return linear_dense_kd(hidden, head.weight, labels.flatten(), targets, **layer, **options)
-        return linear_sparse_kd(hidden, head.weight, labels.flatten(), targets, **layer, **options)
+        if isinstance(targets, SparseTargets):
+            direction = options.get("direction", "forward")
+            targets = labelled_rows(
+                labels.flatten(), targets, vocab=head.weight.shape[0], gamma=0.0, direction=direction
+            )
+        if measuring:
+            return measure_rows(hidden, head.weight, targets, **layer, **options)
+        return rows_sparse_kd(hidden, head.weight, targets, **layer, **options)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
-from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
@@ -55,15 +54,16 @@ def gradients(project: Project, world: World) -> dict[str, Any]:
     parts = Parts(project, world)
     position = Position(0, 0.0, [0.5, 0.5], [0.5, 0.5], parts.sampler.state_dict(), "")
     data = next(steps_of_windows(parts, position))
-    labels = [int((window.labels != NO_LABEL).sum()) for window in data.windows]
+    labels = [len(batch.rows.live) for batch in data.batches]
     total = float(sum(sum(own) for own in world.gather(labels)))
-    sums = world.sum(parts.stepper._backward(0, data.windows, total, 0.2))
+    assert float(parts.stepper._labels(data.batches)) == total
+    sums = world.sum_on_device(parts.stepper._backward(0, data.batches, total, 0.2))
     found = {}
     for name, parameter in parts.student.named_parameters():
         assert parameter.grad is not None, name
         sharded = isinstance(parameter.grad, DTensor)
         found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-    return {"labels": sum(labels), "loss": sums[0] / total, "gradients": found, "sharded": sharded}
+    return {"labels": sum(labels), "loss": float(sums[0]) / total, "gradients": found, "sharded": sharded}
 
 
 def run_rank(manifest: str, out: str) -> None:

@@ -10,21 +10,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import distill_command, finish, kill_when, start_ranks
 from runs import assert_same_bits, order_of, rows_of, weights_of
 
+from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, Student, load_project
 from ddk_pipe.pipeline.metrics import read_rows
-from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill import distill, pace
+from ddk_pipe.stages.distill.batches import StepData
 from ddk_pipe.stages.distill.intervals import end_interval
 from ddk_pipe.stages.distill.journal import Journal
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import Position
 from ddk_pipe.stages.distill.run import Run
+from ddk_pipe.stages.distill.sources import CacheSource
 from ddk_pipe.stages.distill.step import Stepper, step_seed
 
 STEPS, INTERVAL, CHECKPOINT = 14, 5, 2
@@ -239,17 +241,35 @@ def test_a_damaged_checkpoint_is_named(cached: Path, how: str, monkeypatch: pyte
 def test_nan_names_step_domain_and_window_and_keeps_the_last_good_checkpoint(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault that no sound cache has: one window's targets turn NaN, from the fourth step on."""
-    project = load_project(cached, ["distill.checkpoint_steps=1", "distill.interval_steps=6"])
-    sick: list[Any] = []
-    real = Stepper.step
+    """A fault that no sound cache has: one window's targets turn NaN, from the fourth step on. It is found where the
+    losses are read, two steps later, and no step after the third has changed the weights."""
+    project = load_project(
+        cached, ["distill.checkpoint_steps=3", "distill.interval_steps=6", "distill.log_steps=10"]
+    )
+    sick: list[tuple[int, int]] = []
+    weights: list[torch.Tensor] = []
+    real, real_read = Stepper.step, CacheSource.read
 
-    def step(self: Stepper, done: int, windows: Any, names: np.ndarray[Any, Any]) -> Any:
+    def step(self: Stepper, done: int, data: StepData) -> None:
+        weight = next(self.wrapped.student.parameters())
+        if done == 3:
+            sick.append(tuple(data.names[1].tolist()))
+            rows = data.batches[0].rows
+            of_second = rows.live // len(data.batches[0].tokens[0]) == 1
+            rows.log_weights[of_second] = float("nan")
+            weights.append(weight.detach().clone())
+        real(self, done, data)
         if done >= 3:
-            sick.append(names[1].tolist())
-            windows[1].targets.logprobs[:] = float("nan")
-        return real(self, done, windows, names)
+            weights.append(weight.detach().clone())
 
+    def read(self: CacheSource, domain: int, window: int) -> CachedWindow:
+        found = real_read(self, domain, window)
+        if (domain, window) in sick:
+            found.targets.logprobs[:] = float("nan")
+        return found
+
+    monkeypatch.setattr(CacheSource, "read", read)
+    monkeypatch.setattr(pace, "SECONDS", 1000.0)  # on a slow machine too
     monkeypatch.setattr(Stepper, "step", step)
     with pytest.raises(DdkError) as failure:
         distill(project)
@@ -258,6 +278,8 @@ def test_nan_names_step_domain_and_window_and_keeps_the_last_good_checkpoint(
         f"at step 4; the window whose loss or gradient is not finite is {('code', 'plays')[domain]}/train/{window}"
         in str(failure.value)
     )
+    assert len(weights) == 4 and all(weight.equal(weights[0]) for weight in weights)
+    assert [row["step"] for row in read_rows(project.run, "steps")] == [1, 2, 3]
     assert checkpoints_of(project.run) == [3]
     position = json.loads((project.run / "checkpoints" / "step-00000003" / "position.json").read_text())
     assert position["step"] == 3 and not (project.run / "run.json").exists()

@@ -109,7 +109,11 @@ class Judge:
 
     def __init__(self, project: Project) -> None:
         source = CacheSource(project)
-        self.windows = [source.validation(index, VALIDATION_WINDOWS) for index in range(len(DOMAINS))]
+        counts = [min(size, VALIDATION_WINDOWS) for size in source.validation_sizes]
+        self.windows = [
+            [source.validation(index, window) for window in range(count)]
+            for index, count in enumerate(counts)
+        ]
         teacher = HfTeacher(
             Path(project.teacher_model), project.manifest.teacher, vocab_size=source.vocab_size
         )

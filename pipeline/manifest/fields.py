@@ -283,9 +283,9 @@ class Distill(Section):
     micro_batch_windows: Positive = Field(8, description="windows per forward pass")
     validation_windows: Positive = Field(16, description="windows per domain behind each weight update")
     validation_budget: Fraction | None = Field(
-        None,
+        0.1,
         description="most tokens validated per interval, as a share of the tokens trained in it; fewer windows then,"
-        " at least one a domain",
+        " at least one a domain; null: always validation_windows",
     )
     checkpoint_steps: Positive | None = Field(
         None, description="steps between two checkpoints, beside the one at each weight update"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
 from ddk_pipe.pipeline.errors import DdkError
@@ -35,6 +37,7 @@ class Source(Protocol):
     """What training reads."""
 
     sizes: list[int]  # training windows of each domain
+    validation_sizes: list[int]  # and those for validation
     vocab_size: int  # token ids that occur
     tokenizer_digest: str
     fingerprint: str
@@ -45,8 +48,8 @@ class Source(Protocol):
         """A training window of the domain of that number; called from several threads."""
         ...
 
-    def validation(self, domain: int, most: int) -> list[CachedWindow]:
-        """At most so many validation windows, with sparse targets and the teacher's label log-probabilities."""
+    def validation(self, domain: int, window: int) -> CachedWindow:
+        """A validation window, with sparse targets and the teacher's label log-probabilities; called from several threads."""
         ...
 
     def complete(self, batch: Batch) -> Batch:
@@ -69,7 +72,10 @@ class CacheSource:
                 hint="use the cache's seq_len, or set cache.path to a new folder",
             )
         self.reader.require_complete(self.domains)
-        self.sizes = [self.reader.size(domain, TRAIN).windows for domain in self.domains]
+        self.sizes, self.validation_sizes = (
+            [self.reader.size(domain, split).windows for domain in self.domains]
+            for split in (TRAIN, VALIDATION)
+        )
         self.vocab_size, self.tokenizer_digest = spec.vocab_size, spec.tokenizer_digest
         self.fingerprint, self.exact = spec.fingerprint, spec.plan.has_tail
         self.readers = FAR_READERS if is_url(self.reader.folder.name) else NEAR_READERS
@@ -78,10 +84,8 @@ class CacheSource:
         found = self.reader.read(self.domains[domain], TRAIN, window)
         return replace(found, targets=found.targets.renormalised()) if self.renormalise else found
 
-    def validation(self, domain: int, most: int) -> list[CachedWindow]:
-        name = self.domains[domain]
-        wanted = range(min(self.reader.size(name, VALIDATION).windows, most))
-        return [self.reader.read(name, VALIDATION, window) for window in wanted]
+    def validation(self, domain: int, window: int) -> CachedWindow:
+        return self.reader.read(self.domains[domain], VALIDATION, window)
 
     def complete(self, batch: Batch) -> Batch:
         return batch
@@ -121,29 +125,32 @@ class OnlineSource:
         self.splits = {
             (name, split): opened for name, parts in splits.items() for split, opened in parts.items()
         }
-        self.sizes = [self.splits[name, TRAIN].facts.windows for name in self.domains]
+        self.sizes, self.validation_sizes = (
+            [self.splits[name, split].facts.windows for name in self.domains] for split in (TRAIN, VALIDATION)
+        )
+        self._predicted: dict[tuple[int, int], CachedWindow] = {}
+        self._one_at_a_time = threading.Lock()
         self.temperature = manifest.distill.temperature
         self.fingerprint, self.readers, self.exact = "online", NEAR_READERS, True
 
     def read(self, domain: int, window: int) -> CachedWindow:
         return _bare(self.splits[self.domains[domain], TRAIN], window)
 
-    def validation(self, domain: int, most: int) -> list[CachedWindow]:
+    def validation(self, domain: int, window: int) -> CachedWindow:
+        with self._one_at_a_time:
+            if (domain, window) not in self._predicted:
+                self._predicted[domain, window] = self._predict(self.domains[domain], window)
+            return self._predicted[domain, window]
+
+    def _predict(self, name: str, number: int) -> CachedWindow:
         from ddk_pipe.stages.teachers import Window
 
-        name = self.domains[domain]
-        split = self.splits[name, VALIDATION]
-        bare = [_bare(split, window) for window in range(min(split.facts.windows, most))]
+        bare = _bare(self.splits[name, VALIDATION], number)
         plan = Plan("topk", 0.5, min(ONLINE_VALIDATION_K, self.vocab_size), 1, 1, (self.temperature,), 0)
-        keyed = [
-            Window(f"{name}/{VALIDATION}/{index}", window.tokens, window.labels)
-            for index, window in enumerate(bare)
-        ]
-        chosen = self.teacher.select(keyed, plan)
-        return [
-            CachedWindow(window.tokens, window.labels, selected.label_logprobs.numpy(), selected.targets[0])
-            for window, selected in zip(bare, chosen, strict=True)
-        ]
+        (chosen,) = self.teacher.select(
+            [Window(f"{name}/{VALIDATION}/{number}", bare.tokens, bare.labels)], plan
+        )
+        return replace(bare, label_logprobs=chosen.label_logprobs.numpy(), targets=chosen.targets[0])
 
     def complete(self, batch: Batch) -> Batch:
         head = self.teacher.head
@@ -156,7 +163,15 @@ class OnlineSource:
 
 def _bare(split: Split, index: int) -> CachedWindow:
     tokens, mask = split.window(index)
-    labels = labels_of(tokens, mask, no_label=NO_LABEL)
+    return _without_targets(tokens, labels_of(tokens, mask, no_label=NO_LABEL))
+
+
+def silent_window(seq_len: int) -> CachedWindow:
+    """A window without a label: for a process that must take part in a forward pass and has nothing to add."""
+    return _without_targets(np.zeros(seq_len, np.int64), np.full(seq_len, NO_LABEL))
+
+
+def _without_targets(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> CachedWindow:
     positions = len(tokens)
     nothing = SparseTargets(
         ids=torch.empty(positions, 0, dtype=torch.int32),

@@ -1,26 +1,32 @@
-"""How far the student is behind the teacher: every domain's validation windows, shared among the processes."""
+"""How far the student is behind the teacher: every domain's validation windows, shared among the processes.
+
+A process reads its own windows again at each validation, in threads and ahead of the forward pass: held decoded, those of
+a thousand domains would be gigabytes a process.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import N_SUMS, summary
 from ddk_pipe.pipeline.manifest import Project, windows_per_domain
+from ddk_pipe.pipeline.storage import prefetch
 from ddk_pipe.pipeline.targets import NO_LABEL
-from ddk_pipe.stages.distill.batches import BatchMaker
-from ddk_pipe.stages.distill.sources import Source, teacher_ce
+from ddk_pipe.stages.distill.batches import Batch, BatchMaker, Copier
+from ddk_pipe.stages.distill.sources import Source, silent_window
 from ddk_pipe.stages.distill.world import Wrapped
 
+BATCHES_AHEAD = 2  # read while one is in use
 FloatArray = NDArray[np.float64]
+Place = tuple[int, list[int]]  # a domain, and numbers of windows in it
 
 
 @dataclass(frozen=True)
@@ -41,28 +47,24 @@ class Validation:
     def __init__(
         self, project: Project, source: Source, wrapped: Wrapped, autocast: Callable[[], Any]
     ) -> None:
-        self.options, self.wrapped, self.autocast = project.manifest.distill, wrapped, autocast
-        self.domains, self.exact = list(project.manifest.domains), source.exact
-        self.make_batch = BatchMaker.of(wrapped.student)
+        self.options, self.source = project.manifest.distill, source
+        self.wrapped, self.world, self.autocast = wrapped, wrapped.world, autocast
+        self.domains, self.seq_len = list(project.manifest.domains), project.manifest.seq_len
         self.device = next(wrapped.student.parameters()).device
-        most = windows_per_domain(self.options, project.manifest.seq_len, len(self.domains))
-        self.windows = [source.validation(index, most) for index in range(len(self.domains))]
-        for domain, windows in zip(self.domains, self.windows, strict=True):
-            if not any((window.labels != NO_LABEL).any() for window in windows):
-                raise DdkError(
-                    f"{domain}/validation: no window with a label, so there is no gap to weigh the domain by",
-                    hint="give the domain more text, or name validation files for it",
-                )
-        self.teacher_ce = np.array([teacher_ce(windows) for windows in self.windows])
+        self._make_batch = BatchMaker.of(wrapped.student, pin=self.device.type == "cuda")
+        self._copy = Copier(self.device)
+        most = windows_per_domain(self.options, self.seq_len, len(self.domains))
+        self.counts = [min(size, most) for size in source.validation_sizes]
+        self.teacher_ce = self._teacher_ce()
 
     @torch.no_grad()
     def run(self) -> Outcome:
         """Measure the student as it is now. Raises DdkError if its CE on a domain is not finite."""
         self.wrapped.module.eval()
-        sums = np.stack([self._domain(windows) for windows in self.windows])
+        sums = self._sums()
         self.wrapped.reshard()
         self.wrapped.module.train()
-        outcome = Outcome([summary(row, exact=self.exact) for row in self.wrapped.world.sum(sums)])
+        outcome = Outcome([summary(row, exact=self.source.exact) for row in self.world.sum(sums)])
         for domain, value in zip(self.domains, outcome.student_ce, strict=True):
             if not math.isfinite(value):
                 raise DdkError(
@@ -71,20 +73,17 @@ class Validation:
                 )
         return outcome
 
-    def _domain(self, windows: list[CachedWindow]) -> FloatArray:
-        """This process's share of the sums, float64 [N_SUMS]."""
-        world, micro = self.wrapped.world, self.options.micro_batch_windows
+    def _sums(self) -> FloatArray:
+        """This process's share of the sums, float64 [domains, N_SUMS]; the device is waited for once, at the end."""
         # the module's own forward: under FSDP2 its hooks have the weights whole; DDP's would synchronise in vain
         module = self.wrapped.module if self.wrapped.sharded else self.wrapped.student
-        total = torch.zeros(N_SUMS, dtype=torch.float64, device=self.device)
-        for start in range(0, len(windows), micro * world.size):
-            everyone = windows[start : start + micro * world.size]
-            mine = everyone[world.rank :: world.size] or [
-                _silent(everyone[0])
-            ]  # shards need everyone's forward
-            batch = self.make_batch(mine).to(self.device)
+        total = torch.zeros(len(self.domains), N_SUMS, dtype=torch.float64, device=self.device)
+        places = list(self._batches())
+        batches = prefetch(self._read, places, ahead=BATCHES_AHEAD, threads=self.source.readers)
+        for (domain, _), ready in zip(places, batches, strict=True):
+            batch = self._copy(ready)
             with self.autocast():
-                total += module(
+                total[domain] += module(
                     batch.tokens,
                     batch.labels,
                     batch.rows,
@@ -93,6 +92,51 @@ class Validation:
                 )
         return total.cpu().numpy()
 
+    def _batches(self) -> Iterator[Place]:
+        """This process's windows by micro batch: as many of these on every process, for shards need everyone's
+        forward; some may be of no window."""
+        micro = self.options.micro_batch_windows
+        for domain, count in enumerate(self.counts):
+            own = self._own(count)
+            for start in range(0, -(-count // self.world.size), micro):
+                yield domain, own[start : start + micro]
 
-def _silent(window: CachedWindow) -> CachedWindow:
-    return replace(window, labels=np.full_like(window.labels, NO_LABEL))
+    def _own(self, count: int) -> list[int]:
+        return list(range(self.world.rank, count, self.world.size))
+
+    def _read(self, place: Place) -> Batch:
+        """A micro batch on the host, in memory that a device copies from without waiting."""
+        domain, numbers = place
+        windows = [self.source.validation(domain, number) for number in numbers]
+        return self._make_batch(windows or [silent_window(self.seq_len)])
+
+    def _teacher_ce(self) -> FloatArray:
+        """Of every domain, over the windows of all processes: the same bits on each.
+
+        Raises DdkError, on all of them, for a domain without a label.
+        """
+        own = [(domain, number) for domain, count in enumerate(self.counts) for number in self._own(count)]
+        ahead = 2 * self.source.readers
+        labelled = prefetch(self._labelled, own, ahead=ahead, threads=self.source.readers)
+        found: list[list[NDArray[np.float32]]] = [[] for _ in self.domains]
+        for (domain, _), logprobs in zip(own, labelled, strict=True):
+            found[domain].append(logprobs)
+        sums = np.array([_sum_and_count(parts) for parts in found], dtype=np.float64)
+        totals, counts = self.world.sum(sums).T
+        for name, labels in zip(self.domains, counts, strict=True):
+            if not labels:
+                raise DdkError(
+                    f"{name}/validation: no window with a label, so there is no gap to weigh the domain by",
+                    hint="give the domain more text, or name validation files for it",
+                )
+        return np.asarray(-(totals / counts), dtype=np.float64)
+
+    def _labelled(self, place: tuple[int, int]) -> NDArray[np.float32]:
+        """The teacher's log-probabilities of a window's labels."""
+        window = self.source.validation(*place)
+        return np.asarray(window.label_logprobs[window.labels != NO_LABEL], dtype=np.float32)
+
+
+def _sum_and_count(parts: list[NDArray[np.float32]]) -> tuple[float, float]:
+    values = np.concatenate(parts or [np.zeros(0, np.float32)]).astype(np.float64)
+    return float(values.sum()), float(len(values))

@@ -104,7 +104,8 @@ class ShardReader:
 
     `files` are the bytes of each file of the group by name, `windows` the rows that every array must have, `checks`
     (optional) the crc32c that each window of each array was committed with, uint32 [windows], `metadata` (optional) the
-    content of every zarr.json by name, where the caller has read them.
+    content of every zarr.json by name, where the caller has read them. `learnt`: what another reader of the same files
+    had `learnt`, in place of all these; nothing is read then.
     Raises ValueError naming the file for anything that is not as expected, FileNotFoundError for a missing file.
     May be used from several threads at once.
     """
@@ -115,31 +116,36 @@ class ShardReader:
         group: str,
         *,
         windows: int,
-        files: Mapping[str, int],
         expected: Mapping[str, Expected],
+        files: Mapping[str, int] | None = None,
         checks: Mapping[str, NDArray[np.uint32]] | None = None,
         metadata: Mapping[str, bytes] | None = None,
+        learnt: bytes | None = None,
     ) -> None:
         with LOCK:  # numcodecs makes its lock at the first use; a process forked in that moment would hang
             getattr(numcodecs.blosc, "get_mutex", lambda: None)()
-        self._folder, self._checked, self.windows = folder, checks is not None, windows
-        self._arrays = []
-        for name, wanted in expected.items():
-            described, file = array_files(name)
-            where = f"{group}/{described}"
-            content = folder.read(where) if metadata is None else metadata[described]
-            width = _width(content, windows, wanted, name=f"{folder.name}/{where}")
-            self._arrays.append(_Array(name, f"{group}/{file}", wanted.dtype, width))
-        indexes = _read_indexes(
-            folder, self._arrays, windows, [files[array_files(name)[1]] for name in expected]
+        self._folder, self._checked, self.windows = folder, checks is not None or learnt is not None, windows
+        widths = (
+            _widths(folder, group, windows, expected, metadata)
+            if learnt is None
+            else _learnt_widths(learnt, len(expected))
         )
-        self._chunks = np.zeros(
-            (windows, len(self._arrays)), CHUNK
-        )  # one array, for a reader keeps thousands
-        for column, (array, index) in enumerate(zip(self._arrays, indexes, strict=True)):
-            self._chunks["start"][:, column], self._chunks["length"][:, column] = index.T
-            if checks is not None:
-                self._chunks["check"][:, column] = checks[array.name]
+        self._arrays = [
+            _Array(name, f"{group}/{array_files(name)[1]}", wanted.dtype, width)
+            for (name, wanted), width in zip(expected.items(), widths, strict=True)
+        ]
+        if learnt is None:
+            sizes = [(files or {})[array_files(name)[1]] for name in expected]
+            indexes = _read_indexes(folder, self._arrays, windows, sizes)
+            self._chunks = _chunks(self._arrays, indexes, checks)
+        else:
+            self._chunks = np.frombuffer(learnt, CHUNK, windows * len(expected)).reshape(windows, -1)
+
+    @property
+    def learnt(self) -> bytes:
+        """All that was read to open it: 16 bytes a window and array, and 4 an array."""
+        widths = np.array([array.width for array in self._arrays], "<u4")
+        return self._chunks.tobytes() + widths.tobytes()
 
     def read(self, row: int) -> Arrays:
         """The arrays of one window, each [width]."""
@@ -197,6 +203,42 @@ def _check_blosc(body: bytes, out: NDArray[Any]) -> None:
         raise ValueError(f"unpacks to {unpacked} bytes, expected {out.nbytes}")
     if flags >> 5 != BLOSC_ZSTD and not flags & BLOSC_STORED:
         raise ValueError("not compressed by zstd")
+
+
+def _widths(
+    folder: Folder,
+    group: str,
+    windows: int,
+    expected: Mapping[str, Expected],
+    metadata: Mapping[str, bytes] | None,
+) -> list[int]:
+    """Values a window of each array, as its zarr.json says."""
+    widths = []
+    for name, wanted in expected.items():
+        described = array_files(name)[0]
+        where = f"{group}/{described}"
+        content = folder.read(where) if metadata is None else metadata[described]
+        widths.append(_width(content, windows, wanted, name=f"{folder.name}/{where}"))
+    return widths
+
+
+def _learnt_widths(learnt: bytes, arrays: int) -> list[int]:
+    widths: list[int] = np.frombuffer(learnt[-4 * arrays :], "<u4").tolist()
+    return widths
+
+
+def _chunks(
+    arrays: list[_Array],
+    indexes: list[NDArray[np.uint64]],
+    checks: Mapping[str, NDArray[np.uint32]] | None,
+) -> NDArray[Any]:
+    """CHUNK [windows, arrays]: where each lies, and what it was committed with."""
+    chunks = np.zeros((len(indexes[0]), len(arrays)), CHUNK)
+    for column, (array, index) in enumerate(zip(arrays, indexes, strict=True)):
+        chunks["start"][:, column], chunks["length"][:, column] = index.T
+        if checks is not None:
+            chunks["check"][:, column] = checks[array.name]
+    return chunks
 
 
 def _width(content: bytes, windows: int, expected: Expected, *, name: str) -> int:

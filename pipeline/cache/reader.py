@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from ddk_pipe.pipeline.cache.damage import damage, repair
 from ddk_pipe.pipeline.cache.ranks import Codecs
-from ddk_pipe.pipeline.cache.record import group_of, require_record
+from ddk_pipe.pipeline.cache.record import group_named, group_of, random_part, require_record
 from ddk_pipe.pipeline.cache.shards import Shard, SplitSize, shard_of, shards_of, uncommitted
 from ddk_pipe.pipeline.cache.spec import read_spec
 from ddk_pipe.pipeline.cache.windows import CachedWindow, ShardWindows, open_windows
@@ -18,8 +18,9 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.text import SPLITS
 
-OPEN_SHARDS = 1 << 14  # a reader keeps open: some kB each,
-OPEN_WINDOWS = 1 << 20  # and 16 bytes per window and array
+KEPT_BYTES = 1 << 29  # of what a reader has learnt of shards: some 400 for one of a single window,
+PER_SHARD = 256  # of them beside the 16 per window and array
+GROUP_BYTES = 4  # its name's random part, in front of what was learnt of its arrays
 
 
 class CacheReader:
@@ -40,8 +41,8 @@ class CacheReader:
             )
         self._slot = temperatures.index(temperature)
         self._codecs = Codecs(folder, self.spec)
-        self._open: OrderedDict[Shard, tuple[str, ShardWindows]] = OrderedDict()
-        self._open_windows = 0
+        self._known: OrderedDict[str, bytes] = OrderedDict()  # by shard: all that its opening found out
+        self._known_bytes = 0
 
     def size(self, domain: str, split: str) -> SplitSize:
         """Raises DdkError if the cache lacks the split."""
@@ -87,23 +88,33 @@ class CacheReader:
 
     def _forget(self, shard: Shard) -> None:
         with LOCK:
-            if self._open.pop(shard, None) is not None:
-                self._open_windows -= shard.windows
+            known = self._known.pop(shard.name, None)
+            self._known_bytes -= 0 if known is None else len(known) + PER_SHARD
 
     def _windows(self, shard: Shard) -> tuple[str, ShardWindows]:
         """The group of a shard, opened; two threads may open the same one, the second of them in vain."""
         with LOCK:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
+            known = self._known.get(shard.name)
+            if known is not None:
+                self._known.move_to_end(shard.name)
+        if known is not None:
+            return self._again(shard, known)
         record = require_record(self.folder, shard, self.spec)
         opened = open_windows(self.folder, shard, record, self.spec, self._codecs, self._slot)
+        self._keep(shard, random_part(record.group) + opened.arrays.learnt)
+        return group_of(shard, record), opened
+
+    def _again(self, shard: Shard, known: bytes) -> tuple[str, ShardWindows]:
+        """Objects of a shard live for one read: a million of them would be gigabytes."""
+        group = group_named(shard, known[:GROUP_BYTES])
+        codec, _ = self._codecs.of(shard.domain, self._slot)
+        learnt = known[GROUP_BYTES:]
+        return group, ShardWindows(self.folder, group, shard, self.spec, codec, self._slot, learnt=learnt)
+
+    def _keep(self, shard: Shard, known: bytes) -> None:
         with LOCK:
-            if shard not in self._open:
-                self._open[shard] = group_of(shard, record), opened
-                self._open_windows += shard.windows
-            while len(self._open) > OPEN_SHARDS or (
-                self._open_windows > OPEN_WINDOWS and len(self._open) > 1
-            ):
-                self._open_windows -= self._open.popitem(last=False)[0].windows
-            return group_of(shard, record), opened
+            if shard.name not in self._known:
+                self._known[shard.name] = known
+                self._known_bytes += len(known) + PER_SHARD
+            while self._known_bytes > KEPT_BYTES and len(self._known) > 1:
+                self._known_bytes -= len(self._known.popitem(last=False)[1]) + PER_SHARD

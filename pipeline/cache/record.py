@@ -85,7 +85,7 @@ def parse_record(content: bytes, shard: Shard, spec: CacheSpec) -> ShardRecord:
     named = GROUP.fullmatch(record.group)
     if any(getattr(record, name) != value for name, value in vars(shard).items()):
         raise ValueError("commit record of another shard")
-    if named is None or int(named[1]) != shard.number:
+    if named is None or named[1] != f"{shard.number:05d}":
         raise ValueError("commit record names the group of another shard")
     positions = shard.windows * spec.seq_len
     most_entries = positions * spec.vocab_size * len(spec.plan.temperatures)
@@ -127,6 +127,16 @@ def committed(folder: Folder, spec: CacheSpec) -> Iterator[tuple[Shard, ShardRec
 def group_of(shard: Shard, record: ShardRecord) -> str:
     """Name of a committed shard's group inside the cache."""
     return f"{shard.domain}/{shard.split}/{record.group}"
+
+
+def random_part(group: str) -> bytes:
+    """The four bytes that a group's name has beside its shard's number."""
+    return bytes.fromhex(group.split(".")[1])
+
+
+def group_named(shard: Shard, part: bytes) -> str:
+    """The inverse: name of the shard's group inside the cache."""
+    return f"{shard.name}.{part.hex()}.zarr"
 
 
 def group_in(name: str) -> str:

@@ -46,7 +46,10 @@ class CachedWindow:
 
 
 class ShardWindows:
-    """Reads the windows of one shard at one temperature (the slot-th); raises ValueError, FileNotFoundError."""
+    """Reads the windows of one shard at one temperature (the slot-th); raises ValueError, FileNotFoundError.
+
+    From `sizes`, `checks` and `metadata` or from what was `learnt` before, as ShardReader has them.
+    """
 
     def __init__(
         self,
@@ -56,9 +59,10 @@ class ShardWindows:
         spec: CacheSpec,
         codec: Codec,
         slot: int,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, int] | None = None,
         checks: Mapping[str, NDArray[np.uint32]] | None = None,
         metadata: Mapping[str, bytes] | None = None,
+        learnt: bytes | None = None,
     ) -> None:
         self.shard, self._spec, self._codec, self._slot = shard, spec, codec, slot
         self.arrays = ShardReader(
@@ -69,6 +73,7 @@ class ShardWindows:
             expected={**input_arrays(spec), **target_arrays(spec, codec, slot)},
             checks=checks,
             metadata=metadata,
+            learnt=learnt,
         )
 
     def read(self, window: int) -> CachedWindow:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_incomplete_caches_are_named(place: Folder) -> None:
 
 
 def test_many_threads_read_one_reader(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 2 * cache_module.PER_SHARD)  # of one shard at a time
     folder = LocalFolder(folder.path)
     folder._open_files._limit = 3  # files are closed while others still read them
     reader = CacheReader(folder, 1.0)
@@ -118,6 +119,50 @@ def test_many_threads_read_one_reader(folder: LocalFolder, monkeypatch: pytest.M
         return all(np.array_equal(reader.read("code", TRAIN, int(n)).tokens, wanted[n]) for n in order)
 
     assert together(*(lambda seed=seed: read(seed) for seed in range(6))) == [True] * 6
+
+
+class Counting(LocalFolder):
+    """Counts the files and parts of files that are read."""
+
+    reads = 0
+
+    def read(self, name: str, *, most: int | None = None) -> bytes:
+        self.reads += 1
+        return super().read(name, most=most)
+
+    def read_many(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        self.reads += len(parts)
+        return super().read_many(parts)
+
+
+@pytest.mark.parametrize(("kept", "opened"), [(1 << 29, 0), (1, 17)])
+def test_what_is_known_of_a_shard_is_not_read_again(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, kept: int, opened: int
+) -> None:
+    """Of 7 arrays a window; a shard that was forgotten costs its record, 9 zarr.json and 7 indexes."""
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", kept)
+    counting = Counting(folder.path)
+    reader = CacheReader(counting, 1.0)
+    for window in (0, 4, 8):  # of three shards
+        reader.read("code", TRAIN, window)
+    before = counting.reads
+    again = reader.read("code", TRAIN, 1)
+    assert counting.reads - before == 7 + opened
+    fresh = CacheReader(LocalFolder(folder.path), 1.0).read("code", TRAIN, 1)
+    assert np.array_equal(again.tokens, fresh.tokens) and again.targets.ids.equal(fresh.targets.ids)
+    assert len(reader._known) == (3 if kept > 1 else 1)
+    assert reader._known_bytes == sum(len(known) + cache_module.PER_SHARD for known in reader._known.values())
+
+
+def test_a_flipped_bit_is_found_in_a_shard_that_is_known(folder: LocalFolder) -> None:
+    reader = CacheReader(folder, 1.0)
+    reader.read("code", TRAIN, 0)
+    path = group_path(folder, FIRST) / "tokens" / "c" / "0" / "0"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DdkError, match="tokens/c/0/0: row 0 fails its checksum.*verify"):
+        reader.read("code", TRAIN, 0)
 
 
 def test_reading_past_the_end(folder: LocalFolder) -> None:

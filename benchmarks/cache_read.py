@@ -180,9 +180,7 @@ def parts_part(arguments: argparse.Namespace) -> None:
 
 def undecoded(load: Load) -> None:
     """Arrays as ShardReader gives them: checked and unpacked."""
-    shards = [
-        load.reader._windows(shard_of(DOMAIN, SPLIT, load.size, number))[1] for number in range(load.size.shards)
-    ]
+    shards = [load.reader._windows(shard)[1] for shard in shards_of(DOMAIN, SPLIT, load.size)]
     for _ in range(READS):
         load.random.choice(shards).arrays.read(load.random.randrange(load.size.shard_windows))
 

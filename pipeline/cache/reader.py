@@ -18,8 +18,8 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.text import SPLITS
 
-KEPT_BYTES = 1 << 29  # of what a reader has learnt of shards: some 400 for one of a single window,
-PER_SHARD = 256  # of them beside the 16 per window and array
+KEPT_BYTES = 1 << 29  # of what a reader has learnt of shards: some 500 for one of a single window,
+PER_SHARD = 384  # of them beside the 16 per window and array
 GROUP_BYTES = 4  # its name's random part, in front of what was learnt of its arrays
 
 

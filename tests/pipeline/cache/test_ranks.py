@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from caches import FIRST, RANKS, SEQ_LEN, VOCAB, make_plan, make_spec, open_writer, write_shard
 
-from ddk_pipe.pipeline.cache import CacheReader, CacheWriter
-from ddk_pipe.pipeline.cache.ranks import read_ranks
+from ddk_pipe.pipeline.cache import CacheReader, CacheWriter, read_spec
+from ddk_pipe.pipeline.cache import ranks as ranks_module
+from ddk_pipe.pipeline.cache.ranks import Codecs, read_ranks
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.storage import LocalFolder
+from ddk_pipe.pipeline.storage import Folder, LocalFolder
 from ddk_pipe.pipeline.targets import Ranks
 from ddk_pipe.pipeline.text import TRAIN
 
@@ -41,3 +42,38 @@ def test_foreign_rank_table(folder: LocalFolder) -> None:
     path.write_bytes(b"")
     with pytest.raises(DdkError, match=r"ranks\.npy"):
         CacheReader(folder, 1.0).read("code", TRAIN, 0)
+
+
+def test_tables_are_shared_by_temperatures_and_those_used_last_are_kept(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(place: Folder, domain: str, vocab_size: int) -> Ranks:
+        read.append(domain)
+        return read_ranks(place, domain, vocab_size)
+
+    monkeypatch.setattr(ranks_module, "read_ranks", counted)
+    codecs = Codecs(folder, read_spec(folder))
+    assert codecs.of("code", 0)[0].ranks is codecs.of("code", 1)[0].ranks
+    assert codecs.of("plays", 0)[0] is codecs.of("plays", 0)[0]
+    codecs.of("code", 0)
+    assert read == ["code", "plays"]
+    monkeypatch.setattr(ranks_module, "KEPT_BYTES", 4 * VOCAB)  # of one
+    few = Codecs(folder, read_spec(folder))
+    for domain in ("code", "plays", "plays", "code"):
+        few.of(domain, 0)
+    assert read[2:] == ["code", "plays", "code"]
+
+
+def test_a_table_that_is_replaced_while_it_is_forgotten(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that were opened with the first one would decode to other ids."""
+    monkeypatch.setattr(ranks_module, "KEPT_BYTES", 1)
+    reader = CacheReader(folder, 1.0)
+    reader.read("code", TRAIN, 0)
+    reader.read("plays", TRAIN, 0)
+    np.save(folder.path / "code" / "ranks.npy", RANKS.id_of[::-1].copy())
+    with pytest.raises(DdkError, match=r"code/ranks\.npy: another table than a moment ago"):
+        reader.read("code", TRAIN, 0)

@@ -143,8 +143,8 @@ def test_what_is_known_of_a_shard_is_not_read_again(
     monkeypatch.setattr(cache_module, "KEPT_BYTES", kept)
     counting = Counting(folder.path)
     reader = CacheReader(counting, 1.0)
-    for window in (0, 4, 8):  # of three shards
-        reader.read("code", TRAIN, window)
+    for number in (0, 4, 8):  # of three shards
+        reader.read("code", TRAIN, number)
     before = counting.reads
     again = reader.read("code", TRAIN, 1)
     assert counting.reads - before == 7 + opened
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_found_in_a_shard_that_is_known(folder: LocalFolder) ->
     content = bytearray(path.read_bytes())
     content[20] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DdkError, match="tokens/c/0/0: row 0 fails its checksum.*verify"):
+    with pytest.raises(DdkError, match=r"tokens/c/0/0: row 0 fails its checksum.*verify"):
         reader.read("code", TRAIN, 0)
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 TOP_PAD_BYTES = 64 << 20
 SPREAD = ("balanced", "sequential")  # a model over all GPUs, as transformers calls it
+# A process in which torch has asked CUDA for its devices cannot fork one that uses them, and vLLM forks its engine.
+# torch asks NVML in its place, and vLLM starts its processes afresh.
+BEFORE_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
 def prepare_cpu() -> None:
@@ -23,8 +26,9 @@ def prepare_cpu() -> None:
 
     Worker threads sleep between parallel regions in place of spinning (spinning starves the other core when
     machines are shared), and freed memory is kept for the next step: otherwise every large tensor is mapped and
-    faulted in anew. What the user has set in the environment wins.
+    faulted in anew. What the user has set in the environment wins. GPUs are not touched (`before_cuda`).
     """
+    before_cuda()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -39,10 +43,17 @@ def prepare_cpu() -> None:
     mallopt(M_TOP_PAD, TOP_PAD_BYTES)
 
 
+def before_cuda() -> None:
+    """Settings that must be there before torch is first asked for a GPU; what the user has set wins."""
+    for name, value in BEFORE_CUDA.items():
+        os.environ.setdefault(name, value)
+
+
 def pick_device(name: str) -> str:
     """`auto` and the ways to spread become cuda where there is one; raises DdkError for a GPU that is not there."""
     import torch
 
+    before_cuda()  # of a program that calls us, and not prepare_cpu
     if name == "auto" or name in SPREAD:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
+from cuda_questions import environment, noted_in, run
 from openers import Fails
 from same_bytes import groups, shard_contents
 from tiny import MakeProject, break_weights
@@ -23,6 +24,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher
 from ddk_pipe.stages.cli import app
+from ddk_pipe.stages.common.machine import BEFORE_CUDA
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +53,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield made
     ray.shutdown()
     made.shutdown()
+
+
+@pytest.fixture
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the nodes of a cluster that is started after this note who asks for a GPU."""
+    for name in BEFORE_CUDA:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment(tmp_path / "questions").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "questions"
 
 
 def actors() -> list[psutil.Process]:
@@ -172,3 +184,15 @@ def project_without_ray(make_project: MakeProject, monkeypatch: pytest.MonkeyPat
         importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else real(name, *rest)
     )
     return load_project(make_project())
+
+
+def test_an_actor_asks_for_no_gpu_before_vllm_can_start(
+    make_project: MakeProject, questions: Path, cluster: Any, tmp_path: Path
+) -> None:
+    """The nodes were started without our variables."""
+    asked = ["cache-teacher", make_project(), "--engine", "ray", "--set", "teacher.backend=vllm"]
+    driver, said = run(*asked, notes=tmp_path / "driver", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert "the stand-in serves nobody" in said, said
+    for each in [*driver, *noted_in(questions)]:
+        assert each.variables == BEFORE_CUDA and not each.touched, each
+    assert [each.event for each in noted_in(questions)].count("engine") >= 1

@@ -7,13 +7,13 @@ from ddk_pipe.pipeline.targets.codec import MOST_ENTRIES, MOST_PADDED, Codec
 from ddk_pipe.pipeline.targets.quantisers import LEVELS, LOG_STEPS, NO_LOG, decode_log, encode_log
 from ddk_pipe.pipeline.targets.ranks import Ranks
 from ddk_pipe.pipeline.targets.rounding import label_codes
+from ddk_pipe.pipeline.targets.schemes import top_with_tail
 from ddk_pipe.pipeline.targets.selected import Kept, Selected, join, stack_kept
 from ddk_pipe.pipeline.targets.selection import (
     Plan,
     head_rows,
     select,
     select_logits,
-    top_with_tail,
 )
 from ddk_pipe.pipeline.targets.sparse import NO_LABEL, PADDING_ID, SparseTargets, stack
 from ddk_pipe.pipeline.targets.window import Context, Planes

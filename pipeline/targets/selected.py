@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,13 @@ class Kept:
         """The positions that `index` selects, in its order."""
         return Kept(self.targets.rows(index), self.head[index], self.mass[index])
 
-    def to(self, device: torch.device | str) -> Kept:
-        """The same on another device."""
-        return Kept(self.targets.to(device), self.head.to(device), self.mass.to(device))
+    def trimmed(self, width: int) -> Kept:
+        """The first `width` columns: the others are padding."""
+        targets = self.targets
+        cut = SparseTargets(
+            ids=targets.ids[:, :width], logprobs=targets.logprobs[:, :width], tail=targets.tail
+        )
+        return Kept(cut, self.head[:, :width], self.mass)
 
 
 def stack_kept(parts: list[Kept]) -> Kept:
@@ -61,9 +66,31 @@ class Selected:
     def rows(self, index: slice) -> Selected:
         return Selected(self.label_logprobs[index], tuple(kept.rows(index) for kept in self.kept))
 
-    def to(self, device: torch.device | str) -> Selected:
-        """The same on another device."""
-        return Selected(self.label_logprobs.to(device), tuple(kept.to(device) for kept in self.kept))
+    def tensors(self) -> list[Tensor]:
+        """All there is, in the order of `of_tensors`."""
+        kept = [
+            tensor
+            for each in self.kept
+            for tensor in (each.targets.ids, each.targets.logprobs, each.targets.tail, each.head, each.mass)
+        ]
+        return [self.label_logprobs, *kept]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[Tensor]) -> Selected:
+        """Inverse of tensors()."""
+        label, *rest = tensors
+        columns = zip(*(rest[part::5] for part in range(5)), strict=True)
+        kept = (
+            Kept(SparseTargets(ids=ids, logprobs=logprobs, tail=tail), head, mass)
+            for ids, logprobs, tail, head, mass in columns
+        )
+        return cls(label, tuple(kept))
+
+    def on_host(self) -> Selected:
+        """The same in the host's memory, copied as one piece: each copy makes the host wait for the device."""
+        if self.label_logprobs.device.type == "cpu":
+            return self
+        return Selected.of_tensors(as_one_piece(self.tensors(), lambda piece: piece.cpu()))
 
 
 def join(parts: list[Selected]) -> Selected:
@@ -72,3 +99,13 @@ def join(parts: list[Selected]) -> Selected:
         torch.cat([part.label_logprobs for part in parts]),
         tuple(stack_kept(list(column)) for column in zip(*(part.kept for part in parts), strict=True)),
     )
+
+
+def as_one_piece(tensors: list[Tensor], moved: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `moved` makes of tensors whose bytes are handed to it as one, uint8 [bytes of all of them]."""
+    # the widest types first: a view of bytes as numbers must begin at a multiple of their size
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)
+    pieces = [tensors[index].contiguous().view(-1).view(torch.uint8) for index in order]
+    parts = torch.split(moved(torch.cat(pieces)), [len(piece) for piece in pieces])
+    out = dict(zip(order, parts, strict=True))
+    return [out[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]

@@ -90,14 +90,13 @@ class HfTeacher:
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             logits = self.head.logits(hidden[block])
-            numbers = uniforms[:, block].to(logits.device)
             try:
-                parts.append(select_logits(logits, labels[block].to(logits.device), plan, numbers))
+                parts.append(select_logits(logits, labels[block], plan, uniforms[:, block]))
             except FloatingPointError as problem:
                 raise DdkError(
                     f"window {window.key}: {problem} (model {self.folder})", hint="try teacher.dtype: float32"
                 ) from None
-        return to_cpu(join(parts))
+        return join(parts).on_host()
 
 
 class Head:
@@ -185,8 +184,3 @@ def check_placed(model: Any, device: torch.device) -> None:
             "teacher: it does not fit the GPUs here, and would be moved from host memory for every batch",
             hint="use more or larger GPUs, or teacher.dtype: bfloat16",
         )
-
-
-def to_cpu(selected: Selected) -> Selected:
-    """The same selection in the host's memory."""
-    return selected.to("cpu")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddk_pipe.pipeline.targets import Kept, Plan, Selected, SparseTargets, head_rows, join, select_logits
+from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
 from ddk_pipe.stages.teachers.serving import reason
 
 Packed = list[tuple[list[int], str, bytes]]  # shape, dtype and content: crosses processes without pickle
@@ -53,24 +53,18 @@ def arguments_of(owner: Any) -> list[str] | None:
 
 def pack(selected: Selected) -> Packed:
     """A selection as plain arrays."""
-    tensors = [selected.label_logprobs]
-    for kept in selected.kept:
-        tensors += [kept.targets.ids, kept.targets.logprobs, kept.targets.tail, kept.head, kept.mass]
-    arrays = [tensor.cpu().contiguous().numpy() for tensor in tensors]
+    arrays = [tensor.contiguous().numpy() for tensor in selected.on_host().tensors()]
     return [(list(array.shape), str(array.dtype), array.tobytes()) for array in arrays]
 
 
 def unpack(packed: Packed) -> Selected:
     """Inverse of pack."""
-    label, *rest = (
-        torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())
-        for shape, dtype, content in packed
+    return Selected.of_tensors(
+        [
+            torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())
+            for shape, dtype, content in packed
+        ]
     )
-    kept = [
-        Kept(SparseTargets(ids=ids, logprobs=logprobs, tail=tail), head, mass)
-        for ids, logprobs, tail, head, mass in zip(*(rest[part::5] for part in range(5)), strict=True)
-    ]
-    return Selected(label, tuple(kept))
 
 
 class Collector:
@@ -100,7 +94,7 @@ class Collector:
         request = internal_id.rsplit("-", 1)[0]  # vLLM appends "-<8 hex digits>" to the id it was given
         if request not in self.expected:  # a warm-up request of vLLM's own
             return
-        labels, uniforms = (part.to(hidden.device) for part in self.expected[request])
+        labels, uniforms = self.expected[request]  # on the host, where select_logits wants them
         kept = [piece for piece in self.pieces.get(request, []) if piece[0] < start]
         parts = []
         for at in range(0, len(hidden), self.rows):
@@ -130,10 +124,10 @@ class Collector:
                 return
             at += len(piece.label_logprobs)
         if pieces:
-            computed = [piece.to("cpu") for _, piece in pieces]
+            computed = join([piece for _, piece in pieces]).on_host()
             blank = torch.zeros(len(labels) - at, self.vocab_size)
             last = select_logits(blank, torch.full((len(blank),), -1), self.plan, uniforms[:, at:])
-            self.done[request] = pack(join([*computed, last]))
+            self.done[request] = pack(join([computed, last]))
 
     def take(self) -> dict[str, Any]:
         """What is done or failed since the last call."""

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from ddk_pipe.pipeline.targets import Plan, join, select, select_logits
+from ddk_pipe.pipeline.targets import Plan, Selected, join, select, select_logits
+from ddk_pipe.pipeline.targets.selected import as_one_piece
 
 
 def plan(scheme: str = "pps", tau: float = 0.02) -> Plan:
@@ -39,7 +41,7 @@ def test_other_schemes_have_a_head_only() -> None:
         assert torch.equal(kept.head, kept.targets.ids >= 0) and not kept.mass.any()
 
 
-def test_rows_join_and_moves_keep_head_and_mass_beside_the_targets() -> None:
+def test_rows_and_join_keep_head_and_mass_beside_the_targets() -> None:
     logits = torch.randn(9, 80, generator=torch.Generator().manual_seed(2)) * 4
     labels = torch.tensor([0, -100, 5, 7, -100, 1, 2, 3, 4])
     uniforms = torch.from_numpy(plan().uniforms("w", 9))
@@ -48,8 +50,27 @@ def test_rows_join_and_moves_keep_head_and_mass_beside_the_targets() -> None:
         select_logits(logits[i : i + 2], labels[i : i + 2], plan(), uniforms[:, i : i + 2])
         for i in range(0, 9, 2)
     ]
-    for other in (join(parts), join([whole.rows(slice(0, 4)), whole.rows(slice(4, 9))]), whole.to("cpu")):
+    for other in (join(parts), join([whole.rows(slice(0, 4)), whole.rows(slice(4, 9))])):
         (one,), (two,) = whole.kept, other.kept
         assert torch.equal(one.targets.ids, two.targets.ids)
         assert torch.equal(one.head, two.head) and torch.allclose(one.mass, two.mass, atol=1e-12)
     assert not whole.kept[0].head[1].any() and whole.kept[0].mass[1] == 0
+
+
+@pytest.mark.parametrize("scheme", ["pps", "threshold", "topk", "random"])
+@pytest.mark.parametrize("positions", [7, 0])
+def test_a_selection_travels_as_one_piece(scheme: str, positions: int) -> None:
+    chosen = plan(scheme)
+    logits, labels = torch.randn(positions, 80) * 4, torch.randint(-1, 80, (positions,))
+    sent = select_logits(logits, labels, chosen, torch.from_numpy(chosen.uniforms("w", positions)))
+    copies: list[torch.Tensor] = []
+
+    def moved(piece: torch.Tensor) -> torch.Tensor:
+        copies.append(piece.clone())
+        return copies[0]
+
+    came = Selected.of_tensors(as_one_piece(sent.tensors(), moved))
+    assert len(copies) == 1
+    for one, other in zip(sent.tensors(), came.tensors(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    assert sent.on_host() is sent

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import Waits
 
 from ddk_pipe.pipeline.targets import Plan, SparseTargets, head_rows, join, select_logits, top_with_tail
-from ddk_pipe.pipeline.targets.selection import pps, random_draws
+from ddk_pipe.pipeline.targets.schemes import pps, random_draws
 
 PEAKED = [0.9, 0.05, 0.03, 0.01, 0.005, 0.005]
 FLAT = [1 / 600] * 600  # more than two blocks of the two-level draw
@@ -207,3 +208,68 @@ def test_settings_name_only_what_the_scheme_depends_on() -> None:
 def test_head_rows_bound_the_memory() -> None:
     assert head_rows(49_152) * 49_152 * 4 <= 256 << 20
     assert head_rows(10_000_000) == 16
+
+
+# --- elsewhere than on a CPU: run here with the sizes of there ------------------------------------
+
+
+@pytest.fixture
+def as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be asked of the device freely: tensors are as wide as they could be."""
+    monkeypatch.setattr("ddk_pipe.pipeline.targets.schemes.ASKED_FREELY", set())
+
+
+SCHEMES = ["pps", "threshold", "topk", "random"]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([3, 256, 700]),
+    scale=st.sampled_from([0.01, 2.0, 60.0]),
+    tau=st.sampled_from([0.5, 0.02, 0.004]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=30, deadline=None)
+def test_the_same_is_selected_elsewhere(
+    scheme: str, seed: int, vocab: int, scale: float, tau: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(9, vocab, generator=generator) * scale).to(dtype)
+    labels = torch.randint(-2, vocab, (9,), generator=generator)
+    chosen = plan(scheme, tau=tau, temperatures=(1.0, 2.0))
+    uniforms = torch.from_numpy(chosen.uniforms(f"{seed}", 9))
+    here = select_logits(logits, labels, chosen, uniforms)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddk_pipe.pipeline.targets.schemes.ASKED_FREELY", set())
+        there = select_logits(logits, labels, chosen, uniforms)
+    assert torch.equal(here.label_logprobs.nan_to_num(), there.label_logprobs.nan_to_num())
+    for one, other in zip(here.kept, there.kept, strict=True):
+        assert one.targets.ids.equal(other.targets.ids) and one.head.equal(other.head)
+        # a row of float64 weights is summed in another order where it is wider
+        assert torch.allclose(one.targets.logprobs, other.targets.logprobs, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(one.targets.tail, other.targets.tail, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(one.mass, other.mass, rtol=1e-12, atol=1e-15)
+        other.targets.validate(vocab)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_host_waits_once_a_block(scheme: str, as_elsewhere: None) -> None:
+    chosen = plan(scheme, temperatures=(1.0, 2.0))
+    labels = torch.arange(40) % 7 - 1
+    uniforms = torch.from_numpy(chosen.uniforms("k", 40))
+    logits = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)) * 3
+    with Waits() as waits:
+        select_logits(logits, labels, chosen, uniforms)
+    assert waits.counts == {"tolist": 1}
+
+
+def test_broken_logits_are_refused_elsewhere_too(as_elsewhere: None) -> None:
+    """They are found at the end of a block: nothing before may stumble over them."""
+    for scheme in SCHEMES:
+        chosen = plan(scheme)
+        for bad in (float("nan"), float("inf")):
+            logits = torch.randn(5, 600)
+            logits[3, 7] = bad
+            with pytest.raises(FloatingPointError, match="NaN or infinity"):
+                select_logits(logits, torch.ones(5).long(), chosen, torch.from_numpy(chosen.uniforms("k", 5)))

@@ -15,6 +15,7 @@ from quantised import AWQ, say_quantised
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from waits import Waits
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
@@ -165,6 +166,20 @@ def test_logits_exist_for_a_block_of_rows_only(
     with Largest(vocab) as largest:
         opened.select([make_window(seed, vocab=64) for seed in range(4)], PLAN)
     assert largest.rows == 5
+
+
+def test_the_host_waits_for_the_device_once_a_block(
+    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddk_pipe.pipeline.targets.schemes.ASKED_FREELY", set())
+    monkeypatch.setattr("ddk_pipe.stages.teachers.hf.head_rows", lambda _: 7)
+    opened, windows = teacher(tiny_teacher, batch_windows=2), [make_window(seed) for seed in range(2)]
+    opened.select(windows, PLAN)  # whatever a first forward pass asks
+    with torch.inference_mode(), Waits() as forward:
+        opened.head.states(torch.from_numpy(np.stack([window.tokens for window in windows])))
+    with Waits() as waits:
+        opened.select(windows, PLAN)
+    assert waits.counts - forward.counts == {"tolist": 2 * 4}, "24 positions in blocks of 7"
 
 
 def test_a_head_is_cut_to_the_tokenizer(tmp_path: Path) -> None:

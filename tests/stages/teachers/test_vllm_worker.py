@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waits import Waits
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Teacher
@@ -99,6 +100,16 @@ def test_a_rank_without_logits_still_takes_part_in_every_gather() -> None:
     made.add("7-0123abcd", 0, PROMPT, lambda hidden: calls.append(len(hidden)))
     assert calls == [5, 5, 5, 4]
     assert made.take() == {"done": {}, "failed": {}}
+
+
+def test_the_worker_waits_for_its_device_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddk_pipe.pipeline.targets.schemes.ASKED_FREELY", set())
+    made = collector()
+    made.rows = 5
+    with Waits() as waits:
+        made.add("7-0123abcd", 0, PROMPT, logits_of)
+    assert waits.counts == {"tolist": 4}, "19 positions in blocks of 5"
+    assert_same(unpack(made.take()["done"]["7"]), whole())
 
 
 def test_nan_logits_fail_their_request() -> None:

@@ -3,6 +3,7 @@
 The float64 reference, dense and slow, is the truth that all the others are tested against.
 """
 
+from ddk_pipe.pipeline.losses.choice import chosen_implementation
 from ddk_pipe.pipeline.losses.chunked import linear_sparse_kd, rows_sparse_kd
 from ddk_pipe.pipeline.losses.dense import DenseTargets, linear_dense_kd
 from ddk_pipe.pipeline.losses.measures import (
@@ -23,6 +24,7 @@ __all__ = [
     "Direction",
     "LabelledRows",
     "SparseKdLoss",
+    "chosen_implementation",
     "labelled_rows",
     "linear_dense_kd",
     "linear_sparse_kd",

@@ -17,8 +17,8 @@ from ddk_pipe.pipeline.targets import SparseTargets
 
 def check_implementation(
     implementation: str, direction: Direction, skip: GradientSkip | None, device: torch.device
-) -> bool:
-    """True for the Triton kernel."""
+) -> None:
+    """Raises ValueError for an unknown one, NotImplementedError for what it does not do."""
     if implementation not in ("auto", "chunked", "triton"):
         raise ValueError(f'implementation {implementation!r}: expected "auto", "chunked" or "triton"')
     if skip is not None and (implementation == "triton" or device.type != "cpu"):
@@ -26,12 +26,11 @@ def check_implementation(
             f'gradient_skip with implementation "{implementation}" on {device.type}: use "chunked" on a CPU'
         )
     if implementation != "triton":
-        return False
+        return
     if direction != "forward":
         raise NotImplementedError('implementation "triton" has forward KL only; use "chunked" for reverse')
     if importlib.util.find_spec("triton") is None:
         raise NotImplementedError('implementation "triton": triton is not installed; use "chunked"')
-    return True
 
 
 def check_states(hidden: Tensor, positions: int, labels: Tensor) -> None:

@@ -1,5 +1,6 @@
 """From a chunk's logits z [n, V] to its losses and, in z's place, their gradient: in torch or by the Triton kernel.
 
+The host never waits for the device here: no number is fetched, no shape depends on one.
 A trailing underscore in a name: works in place.
 """
 
@@ -25,82 +26,82 @@ def soft_cap_(z: Tensor, cap: float, slope: Tensor | None) -> None:
 
 
 def loss_and_gradient_(
-    z: Tensor, batch: LabelledRows, terms: Terms, softened: Tensor | None, want_gradient: bool
+    flat: Tensor, rows: LabelledRows, terms: Terms, softened: Tensor | None, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """z [n, V]: logits in, d(CE + gamma T^2 KL)/dz out. Returns CE [n] and KL [n].
+    """flat [n V + 1]: logits in, d(CE + gamma T^2 KL)/dz out, row by row. Returns CE [n] and KL [n].
 
-    A position has K + 1 classes, its ids and the tail. The gradient at an id is that of its class;
-    off the ids it is that of the tail class times the softmax over the tail alone, so each
-    temperature costs one softmax, T = 1 a single one (facts/kernels.md section 1). Without
-    `want_gradient` z is left undefined.
+    A position has K + 1 classes, its ids and the tail. The gradient at an id is that of its class; off the ids it is
+    that of the tail class times the softmax over the tail alone, so each temperature costs one softmax, T = 1 a
+    single one. The last cell of `flat` is where padding slots read and write: it means nothing.
+
+    softened  scratch for the logits over T, at least [n, V]; None where one softmax will do
+    Without `want_gradient` `flat` is left undefined.
     """
-    n, vocab = z.shape
-    first = torch.arange(0, n * vocab, vocab, device=z.device)  # of each row in the flat view
-    flat, kept, label_at = z.view(-1), batch.ids >= 0, first + batch.labels
-    kept_at = (first[:, None] + batch.ids)[kept]  # padding has no place, least of all token 0's
-    top = z.amax(1, keepdim=True)  # taken off first: rounding grows with the distance from 0
-    below = z.new_full(batch.ids.shape, NEG_INF)
-    below[kept] = flat[kept_at]
-    below -= top
-    label_below = flat[label_at] - top[:, 0]
+    n, temperature = len(rows), terms.temperature
+    z = flat[:-1].view(n, -1)
+    kept = rows.ids >= 0
+    first = torch.arange(0, z.numel(), z.shape[1], device=z.device)  # of each row in the flat view
+    kept_at = torch.where(kept, first[:, None] + rows.ids, z.numel())
+    label_at = first + rows.labels
+    found, label = torch.where(kept, flat[kept_at], NEG_INF), flat[label_at]
 
+    # Low and not -inf, nor -inf over T: where the ids cover the vocabulary, a softmax over nothing stays finite.
+    gone = torch.finfo(z.dtype).min / 2 * min(temperature, 1.0)
+    flat.index_fill_(0, kept_at.view(-1), gone)
+    peak = z.amax(1, keepdim=True)
+    empty = peak <= gone  # the ids cover the vocabulary, or all other logits are -inf
+    # All is taken relative to the row's maximum: rounding grows with the distance from 0.
+    top = torch.cat([found, peak], 1).amax(1, keepdim=True)
+    below, fall = found - top, torch.where(empty, NEG_INF, peak - top)
     if softened is not None:
-        softened = torch.sub(z, top, out=softened[:n]).div_(terms.temperature)
-        tail_T = _tail_softmax_(softened, kept_at)
-    tail = _tail_softmax_(z.sub_(top), kept_at)
-    classes = torch.cat([below, tail[:, None]], 1)
+        softened = torch.sub(z, peak, out=softened[:n]).div_(temperature)
+        tail_T = fall / temperature + _softmax_(softened)
+    classes = torch.cat([below, fall + _softmax_(z)], 1)
     log_q = log_s = classes.log_softmax(1)
     if softened is not None:
-        log_s = torch.cat([below / terms.temperature, tail_T[:, None]], 1).log_softmax(1)
-    kl, slope = _divergence(log_s, batch.log_weights, terms.direction)
+        log_s = torch.cat([below / temperature, tail_T], 1).log_softmax(1)
+    kl, slope = _divergence(log_s, rows.log_weights, terms.direction)
 
     if want_gradient:
         ce_slope = log_q.exp()
-        kl_slope = slope * (terms.gamma * terms.temperature)  # T^2 of the loss, d(z/T)/dz = 1/T
+        kl_slope = slope * (terms.gamma * temperature)  # T^2 of the loss, d(z/T)/dz = 1/T
         both = ce_slope + kl_slope
         if softened is None:
             z.mul_(both[:, -1:])
         else:
             z.mul_(ce_slope[:, -1:]).addcmul_(softened, kl_slope[:, -1:])
-        flat[kept_at] = both[:, :-1][kept]
+        flat[kept_at] = both[:, :-1]
         flat[label_at] -= 1
-    return classes.logsumexp(1) - label_below, kl
+    return classes.logsumexp(1) - (label - top[:, 0]), kl
 
 
 def triton_loss_and_gradient_(
-    z: Tensor, batch: LabelledRows, terms: Terms, want_gradient: bool
+    z: Tensor, rows: LabelledRows, terms: Terms, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same by the row kernel: two readings and one writing of z, no scratch."""
+    """The same by the row kernel, z [n, V] float32 or 16-bit: two readings and one writing of z, no scratch."""
     from ddk_pipe.triton_kernels.sparse_kl import sparse_kl  # only here: it imports triton
 
     return sparse_kl(
         z,
-        batch.labels,
-        batch.ids,
-        batch.log_weights[:, :-1],
-        batch.log_weights[:, -1],
+        rows.labels,
+        rows.ids,
+        rows.log_weights[:, :-1],
+        rows.log_weights[:, -1],
         gamma=terms.gamma,
         temperature=terms.temperature,
         gradient=want_gradient,
     )
 
 
-def _tail_softmax_(x: Tensor, kept_at: Tensor) -> Tensor:
-    """In place: each row of x [n, V] becomes the softmax over its entries outside `kept_at` (flat).
+def _softmax_(x: Tensor) -> Tensor:
+    """In place: each row of x [n, V] becomes its softmax. Returns the log-sum-exp less the row's maximum [n, 1].
 
-    Returns the log-sum-exp of those entries [n], -inf where there is none. Masking first keeps it
-    exact however little mass is left: 1 - sum(kept) would cancel. softmax into its own input spares
-    a buffer; torch reads a row's maximum and sum before it writes the row (a test watches that).
+    With the kept ids masked out before, this is exact for the tail however little mass is left: 1 - sum(kept) would
+    cancel. softmax into its own input spares a buffer; torch reads a row's maximum and sum before it writes the row
+    (a test watches that). The largest of the softmax is 1 over the sum: quicker to find again than to look up.
     """
-    x.view(-1).index_fill_(0, kept_at, NEG_INF)
-    peak = x.amax(1)
     torch.softmax(x, 1, out=x)
-    lse = peak - x.amax(1).log()
-    empty = peak == NEG_INF  # the ids cover the vocabulary, or all other logits are -inf
-    if empty.any():
-        x[empty] = 0.0
-        lse = lse.masked_fill(empty, NEG_INF)
-    return lse
+    return -x.amax(1, keepdim=True).log()
 
 
 def _divergence(log_s: Tensor, log_w: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:

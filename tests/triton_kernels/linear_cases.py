@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddk_pipe.pipeline.losses import chunked, linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.losses import chunks, linear_sparse_kd, sparse_kd_reference
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
 
@@ -47,13 +47,13 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
-def errors(tail: bool, temperature: float, chunks: bool, softcap: float | None) -> dict[str, float]:
+def errors(tail: bool, temperature: float, chunked: bool, softcap: float | None) -> dict[str, float]:
     hidden, weight, bias, labels, targets = problem(tail, seed=int(temperature * 10) + tail)
     single = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     double = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature, "implementation": "triton"}
     options["softcap"] = softcap
-    chunked.MIN_CHUNK_ROWS = chunked.MAX_CHUNK_ROWS = 3 if chunks else 4096
+    chunks.MIN_CHUNK_ROWS = chunks.MAX_CHUNK_ROWS = 3 if chunked else 4096
     found = linear_sparse_kd(single[0], single[1], labels, targets, bias=single[2], **options)
     logits = double[0] @ double[1].t() + double[2]
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ddk_pipe.pipeline.losses import chunked
+from ddk_pipe.pipeline.losses import chunks
 
 
 @pytest.fixture
@@ -21,5 +21,5 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 5 rows: with one chunk for all, no test would see what is carried between chunks."""
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(chunked, "MAX_CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunks, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_ROWS", 5)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from loss_cases import BOUND, NEG_INF, Case, linear, make_case, relative, replaced
 from torch import Tensor
+from torch_kernel import torch_kernel
 
-from ddk_pipe.pipeline.losses import SparseKdLoss, chunked, linear_sparse_kd, sparse_kd_reference
-from ddk_pipe.pipeline.losses.logit_gradient import loss_and_gradient_
+from ddk_pipe.pipeline.losses import SparseKdLoss, chunks, linear_sparse_kd, sparse_kd_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 
@@ -117,11 +117,7 @@ def test_softcap_without_grad_has_the_same_values() -> None:
 def test_softcap_is_put_around_the_triton_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch in the kernel's place: the cap comes before it, the slope after."""
 
-    def kernel(z: Tensor, batch: Any, terms: Any, want: bool) -> tuple[Tensor, Tensor]:
-        return loss_and_gradient_(z, batch, terms, None, want)
-
-    monkeypatch.setattr(chunked, "triton_loss_and_gradient_", kernel)
-    monkeypatch.setattr(chunked, "check_implementation", lambda name, *_: name == "triton")
+    monkeypatch.setattr(chunks, "triton_loss_and_gradient_", torch_kernel)
     case = make_case("topk")
     want, want_gradients = capped_dense(case, 1.5, gamma=0.7)
     got, gradients = linear(case, gamma=0.7, softcap=1.5, implementation="triton")

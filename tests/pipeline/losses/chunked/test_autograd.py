@@ -11,7 +11,7 @@ import torch
 from loss_cases import Case, dense, ignored, linear, logit_gradient, make_case, relative
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses import chunked, linear_sparse_kd
+from ddk_pipe.pipeline.losses import chunks, linear_sparse_kd
 from ddk_pipe.pipeline.losses.logit_gradient import loss_and_gradient_
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
@@ -146,7 +146,7 @@ def test_without_grad_the_values_are_the_same_and_no_gradient_is_formed(
         wanted.append(rest[-1])
         return inner(z, *rest)
 
-    monkeypatch.setattr(chunked, "loss_and_gradient_", spy)
+    monkeypatch.setattr(chunks, "loss_and_gradient_", spy)
     plain = (case.hidden, case.weight, case.labels, case.targets)
     options: dict[str, Any] = {"gamma": 0.7, "temperature": temperature, "bias": case.bias}
     loss = [linear_sparse_kd(*plain, **options)]

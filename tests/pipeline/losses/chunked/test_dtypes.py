@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_cases import Case, assert_equals_reference, dense, linear, make_case, relative, replaced
 
-from ddk_pipe.pipeline.losses import chunked, linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.losses import chunks, linear_sparse_kd, products, sparse_kd_reference
 from ddk_pipe.pipeline.targets import SparseTargets
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
@@ -47,7 +47,7 @@ def test_16_bit_weights(
     dtype: torch.dtype, bound: float, widen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Widened, only the returned gradient is rounded; else the products are, as on a GPU."""
-    monkeypatch.setattr(chunked, "WIDENING_DEVICES", frozenset({"cpu"} if widen else ()))
+    monkeypatch.setattr(products, "WIDENING_DEVICES", frozenset({"cpu"} if widen else ()))
     case = replaced(make_case("topk", scale=0.5), dtype)
     want, want_gradients = dense(case, gamma=0.7, temperature=2.0)
     got, gradients = linear(case, dtype, gamma=0.7, temperature=2.0)
@@ -61,9 +61,9 @@ def test_16_bit_weights(
 def test_weight_gradient_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in bfloat16, 400 equal shares stop growing at 256 of them."""
     n, d = 400, 3
-    monkeypatch.setattr(chunked, "MAX_CHUNK_ROWS", 1)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_ROWS", 1)
     for widening in (frozenset({"cpu"}), frozenset()):
-        monkeypatch.setattr(chunked, "WIDENING_DEVICES", widening)
+        monkeypatch.setattr(products, "WIDENING_DEVICES", widening)
         weight = torch.zeros(8, d, dtype=torch.bfloat16, requires_grad=True)
         hidden = torch.ones(n, d, dtype=torch.bfloat16)
         labels = torch.zeros(n, dtype=torch.int64)

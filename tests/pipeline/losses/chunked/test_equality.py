@@ -27,7 +27,7 @@ from loss_cases import (
 )
 from torch import Tensor
 
-from ddk_pipe.pipeline.losses import chunked, linear_sparse_kd, sparse_kd_reference
+from ddk_pipe.pipeline.losses import LabelledRows, chunks, linear_sparse_kd, sparse_kd_reference
 from ddk_pipe.pipeline.losses.logit_gradient import loss_and_gradient_
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets
 
@@ -89,13 +89,13 @@ def test_chunks_do_not_change_the_result(
     seen: list[int] = []
     inner = loss_and_gradient_
 
-    def spy(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        seen.append(len(z))
-        return inner(z, *rest)
+    def spy(flat: Tensor, rows: LabelledRows, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen.append(len(rows))
+        return inner(flat, rows, *rest)
 
-    monkeypatch.setattr(chunked, "loss_and_gradient_", spy)
-    monkeypatch.setattr(chunked, "MAX_CHUNK_ROWS", 4096)
-    monkeypatch.setattr(chunked, "CPU_LOGIT_BYTES", rows * 97 * 8)  # float64
+    monkeypatch.setattr(chunks, "loss_and_gradient_", spy)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_ROWS", 4096)
+    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", rows * 97 * 8)  # float64
     case = make_case("pps")
     assert_equals_reference(case, gamma=0.7, temperature=temperature)
     labelled = int((case.labels != NO_LABEL).sum())

@@ -10,7 +10,6 @@ chunk is an error and not zeros, every chunk is compared with its checksum, and 
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_pipe.pipeline.cache.metadata import parse_width
 from ddk_pipe.pipeline.storage import LOCK, Folder, settle_writes
 
 numcodecs.blosc.use_threads = (
@@ -147,6 +147,17 @@ class ShardReader:
         widths = np.array([array.width for array in self._arrays], "<u4")
         return self._chunks.tobytes() + widths.tobytes()
 
+    def places(self) -> dict[str, NDArray[np.uint32]]:
+        """The width of each array, then the bytes of each window's chunk, [1 + windows]: with the checks all that
+        `learnt` is made of, where chunks lie one after the other as zarr writes them. Empty where they do not."""
+        ends = np.cumsum(self._chunks["length"], axis=0, dtype=np.uint64)
+        if (self._chunks["start"] != ends - self._chunks["length"]).any():
+            return {}
+        return {
+            array.name: np.concatenate([[array.width], lengths]).astype(np.uint32)
+            for array, lengths in zip(self._arrays, self._chunks["length"].T, strict=True)
+        }
+
     def read(self, row: int) -> Arrays:
         """The arrays of one window, each [width]."""
         if not 0 <= row < self.windows:
@@ -222,6 +233,15 @@ def _widths(
     return widths
 
 
+def learnt_of(places: list[NDArray[np.uint32]], checks: list[NDArray[np.uint32]]) -> bytes:
+    """What a ShardReader of these arrays has `learnt`, from its `places` and the checks it was given."""
+    widths, *lengths = np.stack(places, axis=1)
+    chunks = np.zeros((len(lengths), len(places)), CHUNK)
+    chunks["length"], chunks["check"] = lengths, np.stack(checks, axis=1)
+    chunks["start"] = np.cumsum(chunks["length"], axis=0, dtype=np.uint64) - chunks["length"]
+    return bytes(chunks.tobytes() + widths.astype("<u4").tobytes())
+
+
 def _learnt_widths(learnt: bytes, arrays: int) -> list[int]:
     widths: list[int] = np.frombuffer(learnt[-4 * arrays :], "<u4").tolist()
     return widths
@@ -279,54 +299,3 @@ def _parse_index(content: bytes, windows: int, end: int, array: _Array, *, name:
     if ((lengths < least) | (lengths > most) | (starts > end) | (starts + lengths > end)).any():
         raise ValueError(f"{name}: the index points outside the file")
     return index
-
-
-def parse_width(content: bytes, windows: int, dtype: np.dtype[Any], *, name: str) -> int:
-    """Width of the array that a zarr.json describes.
-
-    Raises ValueError unless it is one of `windows` rows and of `dtype`, stored exactly as the module's docstring says.
-    """
-    try:
-        found = json.loads(content)
-        width = found["shape"][1]
-        blosc = found["codecs"][0]["configuration"]["codecs"][1]["configuration"]
-        free = {"clevel": blosc["clevel"], "blocksize": blosc["blocksize"]}  # the writer's choice
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise ValueError(f"{name}: not the metadata of a sharded array") from None
-    if type(width) is not int or any(type(value) is not int for value in free.values()):
-        raise ValueError(f"{name}: not the metadata of a sharded array")
-    wanted = _metadata(windows, width, dtype, free)
-    found = {"attributes": {}, "storage_transformers": [], **found}
-    different = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    if different:
-        raise ValueError(f"{name}: {', '.join(different)} not as this program writes it")
-    return width
-
-
-def _metadata(windows: int, width: int, dtype: np.dtype[Any], free: dict[str, int]) -> dict[str, Any]:
-    """The zarr.json of an array; `free` are the blosc settings that do not matter to a reader."""
-    little, crc32c = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
-    values = little if dtype.itemsize > 1 else {"name": "bytes"}  # a byte has no order
-    blosc = {"typesize": dtype.itemsize, "cname": "zstd", "shuffle": "shuffle", **free}
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [windows, width],
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [windows, width]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0,
-        "codecs": [
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": [1, width],
-                    "codecs": [values, {"name": "blosc", "configuration": blosc}, crc32c],
-                    "index_codecs": [little, crc32c],
-                    "index_location": "end",
-                },
-            }
-        ],
-        "attributes": {},
-        "storage_transformers": [],
-    }

@@ -6,14 +6,18 @@ error that names the file and the repair, never a wrong value.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.cache.damage import damage, repair
 from ddk_pipe.pipeline.cache.ranks import Codecs
-from ddk_pipe.pipeline.cache.record import group_named, group_of, random_part, require_record
+from ddk_pipe.pipeline.cache.record import group_named, group_of, random_part, record_bytes, record_of
 from ddk_pipe.pipeline.cache.shards import Shard, SplitSize, shard_of, shards_of, uncommitted
-from ddk_pipe.pipeline.cache.spec import read_spec
-from ddk_pipe.pipeline.cache.windows import CachedWindow, ShardWindows, open_windows
+from ddk_pipe.pipeline.cache.spec import CacheSpec, read_spec
+from ddk_pipe.pipeline.cache.windows import CachedWindow, ShardWindows, learnt_from, open_windows
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import LOCK, Folder
 from ddk_pipe.pipeline.text import SPLITS
@@ -43,6 +47,7 @@ class CacheReader:
         self._codecs = Codecs(folder, self.spec)
         self._known: OrderedDict[str, bytes] = OrderedDict()  # by shard: all that its opening found out
         self._known_bytes = 0
+        self._opened = _Opened(self.spec)
 
     def size(self, domain: str, split: str) -> SplitSize:
         """Raises DdkError if the cache lacks the split."""
@@ -99,8 +104,17 @@ class CacheReader:
                 self._known.move_to_end(shard.name)
         if known is not None:
             return self._again(shard, known)
-        record = require_record(self.folder, shard, self.spec)
+        content = record_bytes(self.folder, shard)
+        if self._opened.had(shard, content):
+            codec, _ = self._codecs.of(shard.domain, self._slot)
+            group, learnt = learnt_from(content, self.spec, codec, self._slot)
+            known = random_part(group) + learnt
+            self._keep(shard, known)
+            return self._again(shard, known)
+        record = record_of(content, self.folder, shard, self.spec)
         opened = open_windows(self.folder, shard, record, self.spec, self._codecs, self._slot)
+        if record.places:
+            self._opened.add(shard, content)
         self._keep(shard, random_part(record.group) + opened.arrays.learnt)
         return group_of(shard, record), opened
 
@@ -118,3 +132,32 @@ class CacheReader:
                 self._known_bytes += len(known) + PER_SHARD
             while self._known_bytes > KEPT_BYTES and len(self._known) > 1:
                 self._known_bytes -= len(self._known.popitem(last=False)[1]) + PER_SHARD
+
+
+class _Opened:
+    """Digests of the commit records of shards that were opened: where the bound makes a reader forget what it learnt,
+    the record alone tells it again. 16 bytes a shard, and only for splits that are read."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        self._spec = spec
+        self._digests: dict[tuple[str, str], NDArray[np.uint8]] = {}
+
+    def had(self, shard: Shard, content: bytes) -> bool:
+        """True if the shard was opened with exactly this record."""
+        return bool(self._of(shard).tobytes() == _digest(content))
+
+    def add(self, shard: Shard, content: bytes) -> None:
+        self._of(shard)[:] = np.frombuffer(_digest(content), np.uint8)
+
+    def _of(self, shard: Shard) -> NDArray[np.uint8]:
+        """uint8 [16], zeros at first."""
+        place = shard.domain, shard.split
+        if place not in self._digests:
+            shards = self._spec.domains[shard.domain][shard.split].shards
+            self._digests.setdefault(place, np.zeros((shards, 16), np.uint8))
+        row: NDArray[np.uint8] = self._digests[place][shard.number]
+        return row
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

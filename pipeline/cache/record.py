@@ -51,6 +51,8 @@ class ShardRecord(Strict):
     group: Text  # the folder beside the record that holds the arrays
     files: Annotated[dict[Text, FileFacts], Field(max_length=4096)]  # by name inside the group
     checks: dict[Text, str]  # by array: the crc32c of each window's chunk, eight hex digits each
+    # by array: its width and the bytes of each window's chunk, likewise; older records have none
+    places: dict[Text, str] = Field(default_factory=dict)
     positions: Count  # with a label
     entries: Count
     label_nats: float  # minus the sum of the labels' log-probabilities
@@ -96,22 +98,36 @@ def parse_record(content: bytes, shard: Shard, spec: CacheSpec) -> ShardRecord:
     return record
 
 
-def read_record(folder: Folder, shard: Shard, spec: CacheSpec) -> ShardRecord | None:
-    """The commit record of a shard, None if it is not committed; raises DdkError if it is damaged or foreign."""
+def record_bytes(folder: Folder, shard: Shard) -> bytes:
+    """The file of the commit record, unread; raises DdkError if there is none or none that makes sense."""
     try:
-        return parse_record(read_json(folder, shard.record, hint=repair(folder)), shard, spec)
+        return read_json(folder, shard.record, hint=repair(folder))
     except FileNotFoundError:
-        return None
+        raise DdkError(
+            f"{folder.name}/{shard.record}: not committed", hint="run `ddk-pipe cache-teacher`"
+        ) from None
+
+
+def record_of(content: bytes, folder: Folder, shard: Shard, spec: CacheSpec) -> ShardRecord:
+    """The commit record whose file has this content; raises DdkError if it is damaged or foreign."""
+    try:
+        return parse_record(content, shard, spec)
     except ValueError as problem:
         raise DdkError(f"{folder.name}/{shard.record}: {problem}", hint=repair(folder)) from None
 
 
+def read_record(folder: Folder, shard: Shard, spec: CacheSpec) -> ShardRecord | None:
+    """The commit record of a shard, None if it is not committed; raises DdkError if it is damaged or foreign."""
+    try:
+        content = read_json(folder, shard.record, hint=repair(folder))
+    except FileNotFoundError:
+        return None
+    return record_of(content, folder, shard, spec)
+
+
 def require_record(folder: Folder, shard: Shard, spec: CacheSpec) -> ShardRecord:
     """The commit record; raises DdkError if there is none."""
-    record = read_record(folder, shard, spec)
-    if record is None:
-        raise DdkError(f"{folder.name}/{shard.record}: not committed", hint="run `ddk-pipe cache-teacher`")
-    return record
+    return record_of(record_bytes(folder, shard), folder, shard, spec)
 
 
 def committed(folder: Folder, spec: CacheSpec) -> Iterator[tuple[Shard, ShardRecord]]:
@@ -145,7 +161,7 @@ def group_in(name: str) -> str:
 
 
 def checks_text(checks: NDArray[np.uint32]) -> str:
-    """Eight hex digits a window, as the commit record holds them."""
+    """Eight hex digits a value, as the commit record holds checks and places."""
     return checks.astype(">u4").tobytes().hex()
 
 
@@ -153,4 +169,9 @@ def parse_checks(text: str, windows: int) -> NDArray[np.uint32]:
     """The inverse, uint32 [windows]; raises ValueError for another number of windows."""
     if len(text) != 8 * windows:
         raise ValueError("commit record without a checksum for every window")
+    return parse_values(text)
+
+
+def parse_values(text: str) -> NDArray[np.uint32]:
+    """The inverse of checks_text of any number of values."""
     return np.frombuffer(bytes.fromhex(text), ">u4").astype(np.uint32)

@@ -6,17 +6,25 @@ them can make code run, or ask for more memory than the cache's own vocabulary a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import Arrays, ShardReader, array_files
+from ddk_pipe.pipeline.cache.arrays import Arrays, ShardReader, array_files, learnt_of
 from ddk_pipe.pipeline.cache.damage import RESTORE, damage
 from ddk_pipe.pipeline.cache.layout import STAMP_WORDS, input_arrays, target_arrays
 from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_name
-from ddk_pipe.pipeline.cache.record import FileFacts, ShardRecord, group_of, parse_checks
+from ddk_pipe.pipeline.cache.record import (
+    FileFacts,
+    ShardRecord,
+    checks_text,
+    group_of,
+    parse_checks,
+    parse_values,
+)
 from ddk_pipe.pipeline.cache.shards import Shard
 from ddk_pipe.pipeline.cache.spec import CacheSpec
 from ddk_pipe.pipeline.errors import DdkError
@@ -126,17 +134,21 @@ def open_windows(
         small = ["zarr.json", f"t{slot}/zarr.json", *(array_files(array)[0] for array in names)]
         contents = folder.each(lambda name: _read_small(folder, f"{group}/{name}", record.files[name]), small)
         checks = {name: parse_checks(record.checks[name], shard.windows) for name in names}
-        return ShardWindows(
-            folder,
-            group,
-            shard,
-            spec,
-            codec,
-            slot,
-            record.sizes,
-            checks,
-            dict(zip(small, contents, strict=True)),
-        )
+        metadata = dict(zip(small, contents, strict=True))
+        opened = ShardWindows(folder, group, shard, spec, codec, slot, record.sizes, checks, metadata)
+        found = {name: checks_text(values) for name, values in opened.arrays.places().items()}
+        if record.places and found != {name: record.places[name] for name in names}:
+            raise ValueError("commit record with other places than its files have")
+        return opened
+
+
+def learnt_from(content: bytes, spec: CacheSpec, codec: Codec, slot: int) -> tuple[str, bytes]:
+    """Name of a shard's group, and what its opening found, from the file of its commit record alone: one that has
+    places, and with which it was opened before."""
+    values = json.loads(content)
+    names = [*input_arrays(spec), *target_arrays(spec, codec, slot)]
+    places, checks = ([parse_values(values[field][name]) for name in names] for field in ("places", "checks"))
+    return values["group"], learnt_of(places, checks)
 
 
 def _read_small(folder: Folder, name: str, facts: FileFacts) -> bytes:

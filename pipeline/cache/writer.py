@@ -33,6 +33,7 @@ from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import Ranks, Selected
 
 COMMIT_TRIES = 5
+MOST_PLACES = 1 << 20  # characters in a record: beyond, the files tell a reader sooner
 
 
 class CacheWriter:
@@ -113,6 +114,9 @@ class CacheWriter:
             for slot in range(len(self.spec.plan.temperatures))
         ]
         checks = {name: checks_text(sums) for slot in slots for name, sums in slot.arrays.checks().items()}
+        places = {
+            name: checks_text(values) for slot in slots for name, values in slot.arrays.places().items()
+        }
         input_bytes = sum(size for name, size in sizes.items() if name.startswith("tokens/"))
         return ShardRecord.model_validate(
             {
@@ -125,6 +129,7 @@ class CacheWriter:
                 "group": group,
                 "files": files,
                 "checks": checks,
+                "places": places if sum(map(len, places.values())) <= MOST_PLACES else {},
                 "target_bytes": sum(sizes.values()) - input_bytes,
                 "input_bytes": input_bytes,
             }

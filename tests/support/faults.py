@@ -484,5 +484,7 @@ def reseal_checks(folder: LocalFolder, shard: Shard) -> None:
         index = np.frombuffer(content[-4 - 16 * shard.windows : -4], "<u8").reshape(-1, 2).tolist()
         ends = [content[start + length - 4 : start + length] for start, length in index]
         values["checks"][array] = b"".join(end[::-1] for end in ends).hex()
+        width = json.loads((path.parent / values["group"] / array / "zarr.json").read_bytes())["shape"][1]
+        values["places"][array] = np.array([width, *(length for _, length in index)], ">u4").tobytes().hex()
     path.write_bytes(resealed(values))
     reseal_record(folder, shard)

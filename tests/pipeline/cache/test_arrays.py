@@ -14,7 +14,8 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache.arrays import Expected, ShardReader, parse_width, write_group
+from ddk_pipe.pipeline.cache.arrays import Expected, ShardReader, learnt_of, write_group
+from ddk_pipe.pipeline.cache.metadata import parse_width
 from ddk_pipe.pipeline.storage import LocalFolder, settle_writes
 
 WINDOWS = 5
@@ -53,6 +54,9 @@ def test_our_reader_and_plain_zarr_read_what_zarr_wrote(folder: LocalFolder) -> 
         for name, values in ARRAYS.items():
             assert got[name].dtype == values.dtype and np.array_equal(got[name], values[row])
             assert np.array_equal(opened[name][row], values[row])
+    checks = list(shard.checks().values())
+    known = reader(folder, checks=shard.checks())
+    assert learnt_of(list(known.places().values()), checks) == known.learnt
     with pytest.raises(IndexError):
         shard.read(WINDOWS)
     with pytest.raises(IndexError):

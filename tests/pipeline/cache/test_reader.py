@@ -20,6 +20,7 @@ from caches import (
     numbers,
     open_writer,
     read_all,
+    reseal,
     verify_all,
     window,
     write_shard,
@@ -135,11 +136,16 @@ class Counting(LocalFolder):
         return super().read_many(parts)
 
 
-@pytest.mark.parametrize(("kept", "opened"), [(1 << 29, 0), (1, 17)])
+@pytest.mark.parametrize(
+    ("kept", "places", "opened"), [(1 << 29, True, 0), (1 << 29, False, 0), (1, True, 1), (1, False, 17)]
+)
 def test_what_is_known_of_a_shard_is_not_read_again(
-    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, kept: int, opened: int
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, kept: int, places: bool, opened: int
 ) -> None:
-    """Of 7 arrays a window; a shard that was forgotten costs its record, 9 zarr.json and 7 indexes."""
+    """Of 7 arrays a window; a shard that was forgotten costs its record, and if that is an old one without places 9
+    zarr.json and 7 indexes too."""
+    if not places:
+        reseal(folder, places={})
     monkeypatch.setattr(cache_module, "KEPT_BYTES", kept)
     counting = Counting(folder.path)
     reader = CacheReader(counting, 1.0)
@@ -152,6 +158,22 @@ def test_what_is_known_of_a_shard_is_not_read_again(
     assert np.array_equal(again.tokens, fresh.tokens) and again.targets.ids.equal(fresh.targets.ids)
     assert len(reader._known) == (3 if kept > 1 else 1)
     assert reader._known_bytes == sum(len(known) + cache_module.PER_SHARD for known in reader._known.values())
+
+
+def test_a_forgotten_shard_with_another_record_is_opened_anew(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that a shard was opened with vouches for it; another one may be a stranger's."""
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 1)
+    reader = CacheReader(folder, 1.0)
+    reader.read("code", TRAIN, 0)
+    reader.read("code", TRAIN, 4)
+    values = json.loads(folder.read(FIRST.record))
+    reseal(folder, places={**values["places"], "tokens": values["places"]["labels"]})
+    with pytest.raises(DdkError, match=r"commit record with other places than its files have; run .*verify"):
+        reader.read("code", TRAIN, 0)
+    reseal(folder, places={})
+    assert reader.read("code", TRAIN, 0).tokens.shape == (12,)
 
 
 def test_a_flipped_bit_is_found_in_a_shard_that_is_known(folder: LocalFolder) -> None:

@@ -80,12 +80,15 @@ class Endless:
         """The sealed commit record."""
         known, content = self.records[number % len(self.records)], self._content(number, LABELS)
         facts = FileFacts(bytes=len(content), blake2b=durable.digest(content))
+        chunk = self.chunk(number)
+        place = np.array([len(self.labels[0]), len(chunk)])
         values = {
             **known.model_dump(),
             **vars(Shard(DOMAIN, SPLIT, number, number, 1)),
             "group": f"{number:05d}.{GROUP}.zarr",
             "files": {**known.model_dump()["files"], LABELS: facts.model_dump()},
-            "checks": {**known.checks, "labels": checks_text(np.frombuffer(self.chunk(number)[-4:], "<u4"))},
+            "checks": {**known.checks, "labels": checks_text(np.frombuffer(chunk[-4:], "<u4"))},
+            "places": {**known.places, "labels": checks_text(place)},
         }
         return ShardRecord.model_validate(values).sealed()
 

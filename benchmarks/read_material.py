@@ -92,7 +92,7 @@ def _copy(folder: LocalFolder, spec: CacheSpec, source: Shard, target: Shard, li
     new = folder.path / target.domain / target.split / group
     shutil.copytree(old, new, copy_function=os.link if link else shutil.copyfile)
     changed = {"zarr.json": _attributes(old / "zarr.json", target.number)}
-    changed["labels/c/0/0"], checks = _labels(folder, spec, source, target, record)
+    changed["labels/c/0/0"], checks, place = _labels(folder, spec, source, target, record)
     files = dict(record.files)
     for name, content in changed.items():
         (new / name).unlink()
@@ -104,6 +104,7 @@ def _copy(folder: LocalFolder, spec: CacheSpec, source: Shard, target: Shard, li
         "group": group,
         "files": {name: facts.model_dump() for name, facts in files.items()},
         "checks": {**record.checks, "labels": checks_text(checks)},
+        "places": {**record.places, "labels": checks_text(place)},
     }
     (folder.path / target.record).write_bytes(ShardRecord.model_validate(values).sealed())
 
@@ -116,8 +117,8 @@ def _attributes(file: Path, number: int) -> bytes:
 
 def _labels(
     folder: Folder, spec: CacheSpec, source: Shard, target: Shard, record: ShardRecord
-) -> tuple[bytes, NDArray[np.uint32]]:
-    """The shard file of the `labels` array with the target's window numbers, and its checksums."""
+) -> tuple[bytes, NDArray[np.uint32], NDArray[np.uint32]]:
+    """The shard file of the `labels` array with the target's window numbers, its checksums, its place in the record."""
     wanted = {"labels": input_arrays(spec)["labels"]}
     reader = ShardReader(
         folder, group_of(source, record), windows=source.windows, files=record.sizes, expected=wanted
@@ -131,7 +132,8 @@ def _labels(
     lengths = np.array([len(chunk) for chunk in chunks], "<u8")
     index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     checks = np.array([int.from_bytes(chunk[-4:], "little") for chunk in chunks], np.uint32)
-    return b"".join([*chunks, _checked(index.tobytes())]), checks
+    place = np.array([wanted["labels"].most, *lengths], np.uint32)
+    return b"".join([*chunks, _checked(index.tobytes())]), checks, place
 
 
 def _checked(content: bytes) -> bytes:

@@ -24,7 +24,6 @@ from ddk_pipe.stages.distill.batches import Batch, BatchMaker, Copier
 from ddk_pipe.stages.distill.sources import Source, silent_window
 from ddk_pipe.stages.distill.world import Wrapped
 
-BATCHES_AHEAD = 2  # read while one is in use
 FloatArray = NDArray[np.float64]
 Place = tuple[int, list[int]]  # a domain, and numbers of windows in it
 
@@ -79,7 +78,8 @@ class Validation:
         module = self.wrapped.module if self.wrapped.sharded else self.wrapped.student
         total = torch.zeros(len(self.domains), N_SUMS, dtype=torch.float64, device=self.device)
         places = list(self._batches())
-        batches = prefetch(self._read, places, ahead=BATCHES_AHEAD, threads=self.source.readers)
+        readers = self.source.readers
+        batches = prefetch(self._read, places, ahead=readers, threads=readers)
         for (domain, _), ready in zip(places, batches, strict=True):
             batch = self._copy(ready)
             with self.autocast():

@@ -120,6 +120,11 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
+    logits: Literal["float32", "model"] = Field(
+        "float32",
+        description="float32: the output layer of a teacher in 16 bits does not round its logits;"
+        " model: as the engine gives them, and as caches from before this field were made",
+    )
     device: str = Field(
         "auto",
         description="hf backend: auto, cpu, cuda, cuda:0, ...; balanced or sequential: spread over all GPUs"

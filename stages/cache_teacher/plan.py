@@ -25,7 +25,7 @@ from ddk_pipe.pipeline.text import Split, predicted_ids, tokenizer_digest, token
 from ddk_pipe.stages.cache_teacher.maker import Job
 from ddk_pipe.stages.common import pick_device, pick_dtype
 from ddk_pipe.stages.prepare import prepare, rules_of
-from ddk_pipe.stages.teachers import check_capture, check_head, choose_backend, open_teacher
+from ddk_pipe.stages.teachers import check_capture, check_head, choose_backend, open_teacher, widens
 
 # Bytes per position to expect, by scheme: for the check of free space only. Entries cost 1.4 to 2.3 bytes.
 EXPECTED_BYTES = {"pps": 40.0, "threshold": 120.0, "topk": 150.0, "random": 60.0}
@@ -84,12 +84,13 @@ def make_spec(
             f"tokenizer: {project.tokenizer} is not the teacher's ({tokenizer_difference(tokenizer, own)})",
             hint="leave tokenizer out of the manifest",
         )
-    device = torch.device(pick_device(options.device))
+    dtype = pick_dtype(options.dtype, torch.device(pick_device(options.device)))
     shard_windows = project.manifest.cache.shard_windows
     return CacheSpec(
         teacher={
             "weights_digest": weights_digest(folder),
-            "dtype": str(pick_dtype(options.dtype, device)).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
+            **({"logits": "float32"} if widens(options, dtype) else {}),  # else none: as in older caches
         },
         tokenizer_digest=tokenizer_digest(tokenizer),
         vocab_size=predicted_ids(splits, tokenizer, head_size),

@@ -4,7 +4,17 @@ A teacher turns windows of tokens into selected targets and knows nothing of sha
 """
 
 from ddk_pipe.stages.teachers.opening import choose_backend, open_hf, open_teacher
+from ddk_pipe.stages.teachers.precision import widens
 from ddk_pipe.stages.teachers.protocol import Teacher, Window
 from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
 
-__all__ = ["Teacher", "Window", "check_capture", "check_head", "choose_backend", "open_hf", "open_teacher"]
+__all__ = [
+    "Teacher",
+    "Window",
+    "check_capture",
+    "check_head",
+    "choose_backend",
+    "open_hf",
+    "open_teacher",
+    "widens",
+]

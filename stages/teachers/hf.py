@@ -19,6 +19,7 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.models import check_causal, decoder_of, forward_ends_in, head_is_plain, load_causal_lm
 from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
 from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype
+from ddk_pipe.stages.teachers.precision import OTHERWISE, widen, widens
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.serving import Service
 
@@ -50,7 +51,7 @@ class HfTeacher:
             self.model = (model if self.spread else model.to(self.device)).eval()
             check_placed(self.model, self.device)
             check_causal(self.model, field="teacher.model")
-            self.head = Head(self.model, vocab_size)
+            self.head = Head(self.model, vocab_size, wide=widens(options, dtype))
         self.batch_windows = options.batch_windows if self.head.in_blocks else 1
 
     @property
@@ -104,15 +105,19 @@ class Head:
 
     Plain models: the output layer. Models that cap or scale logits (Gemma, Cohere, Granite): their own forward around
     a stand-in for the decoder. Models that do not let themselves be taken apart so: whole logits, `in_blocks` False.
+    `wide`: a model in 16 bits, whose logits are to be float32.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None) -> None:
+    def __init__(self, model: Any, vocab_size: int | None, *, wide: bool = False) -> None:
         self.model = model
         self.layer = model.get_output_embeddings()
         rows = int(self.layer.weight.shape[0])
         self.vocab_size = min(vocab_size or rows, rows)
         self.plain = head_is_plain(model)
         self.in_blocks = self.plain or self._stand_in_is_right()
+        self.wide = wide
+        if wide:  # after the model's own words are known
+            widen(self.layer)
 
     def states(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, L] -> last hidden states [B, L, d]; whole logits [B, L, V] where not in_blocks."""
@@ -129,6 +134,8 @@ class Head:
             logits = self.layer(states)
         elif self.in_blocks:
             logits = self._own_forward(states)
+        if self.wide and logits.dtype != torch.float32:
+            raise DdkError("teacher.logits: float32, and this model rounds them once more", hint=OTHERWISE)
         return logits[:, : self.vocab_size]
 
     def _own_forward(self, states: Tensor) -> Tensor:

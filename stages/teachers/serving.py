@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import Unheard
+from ddk_pipe.stages.teachers.precision import OTHERWISE
 
 OURS = __name__.split(".")[0] + "."
 SHOW = "DDK_PIPE_TRACEBACK"  # environment: print the whole traceback as well
@@ -24,6 +25,7 @@ CACHE = re.compile(r"kv.?cache|cache blocks", re.IGNORECASE)
 MEMORY = re.compile(
     r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc|MemoryError", re.IGNORECASE
 )
+HEAD = re.compile(r"head_dtype")  # vLLM, of an output layer that is quantised
 LENGTH = re.compile(r"max_model_len|longer than|maximum (model|context|sequence) length", re.IGNORECASE)
 
 
@@ -73,6 +75,8 @@ class Service:
             return f"lower {self.batch}" + (f", or set teacher.dtype: {dtype}" if dtype != "float32" else "")
         if LENGTH.search(why):
             return f"lower seq_len, or set backend: {self.other}"
+        if HEAD.search(why):
+            return OTHERWISE
         if ELSEWHERE.search(why):
             return f"see its log{'' if log else ' above'}; if it was killed for want of memory, lower {self.batch}"
         return f"set teacher.dtype: {dtype}, or backend: {self.other}"

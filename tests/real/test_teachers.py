@@ -297,3 +297,21 @@ def test_what_vllm_does_not_take_is_one_line(tmp_path: Path, need_vllm: None) ->
     with pytest.raises(DdkError, match=r"vLLM \S+ does not take .*float32 is not supported.*awq") as refused:
         open_teacher(folder, options, backend="vllm", seq_len=40, vocab_size=385)
     assert "\n" not in refused.value.message
+
+
+def test_a_teacher_in_16_bits_gives_logits_in_32(
+    smollm: Path, windows: list[Window], need_vllm: None
+) -> None:
+    """Both engines; the hook fails a window whose logits came in 16 bits. Hidden states still are rounded: they
+    agree within what that costs."""
+    short = {"model": "m", "dtype": "bfloat16"}
+    chosen = plan("topk")
+    (theirs,) = select_elsewhere(smollm, manifest.Teacher(backend="vllm", **short), windows[:2], [chosen])
+    ours = open_teacher(smollm, manifest.Teacher(**short), backend="hf", seq_len=SEQ_LEN)
+    for one, other in zip(theirs, ours.select(windows[:2], chosen), strict=True):
+        apart = (one.label_logprobs - other.label_logprobs).nan_to_num().abs()
+        assert float(apart.mean()) < 0.05 and float(apart.max()) < 1.0
+        kept = one.targets[0].logprobs[~one.label_logprobs.isnan()].double()
+        # of logits in bfloat16 the differences within a row are multiples of 2^-10 or more
+        steps = (kept - kept[:, :1]) * 2**10
+        assert float((steps - steps.round()).abs().mean()) > 0.1

@@ -23,6 +23,7 @@ KINDS = {  # in this order: the first that differs is named
 WORDS = {
     "cache.teacher.weights_digest": "teacher weights",
     "cache.teacher.dtype": "the teacher's dtype",
+    "cache.teacher.logits": "the teacher's logits",
     "cache.tokenizer_digest": "tokenizer",
     "teacher": "teacher weights",
     "teacher_dtype": "teacher.dtype",

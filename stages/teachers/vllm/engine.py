@@ -22,11 +22,12 @@ from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.models import read_config, text_config
 from ddk_pipe.pipeline.targets import PADDING_ID, Kept, Plan, Selected, SparseTargets
 from ddk_pipe.stages.common import Unheard, pick_device, pick_dtype
+from ddk_pipe.stages.teachers.precision import OTHERWISE, widens
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.serving import SHOW, Service
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
 from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
-from ddk_pipe.stages.teachers.vllm.worker import unpack
+from ddk_pipe.stages.teachers.vllm.worker import ROUNDED, unpack
 
 OLDEST = (0, 24)  # both runners have had the same two methods since (facts of their sources, up to 0.33)
 RUNNERS = {
@@ -63,12 +64,14 @@ class VllmTeacher:
         self._plan: Plan | None = None
         self._sent = 0  # vLLM numbers its requests from 0 on
         self._broken: Exception | None = None
-        dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
+        number = pick_dtype(options.dtype, device)
+        dtype, self.wide = str(number).removeprefix("torch."), widens(options, number)
         self.service = Service(f"vLLM {self.version}", folder, dtype, other="hf", unheard=unheard())
         with self.service.one_line("does not take"), _aside():
             self.engine = vllm.LLM(
                 model=str(folder),
                 dtype=dtype,
+                hf_overrides={"head_dtype": "float32"} if self.wide else {},
                 max_model_len=seq_len,
                 max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len),
                 max_num_seqs=options.batch_windows,
@@ -124,14 +127,16 @@ class VllmTeacher:
                 why = failed.get(request, "vLLM returned nothing for it")
                 raise DdkError(
                     f"window {window.key}: {why} (model {self.folder})",
-                    hint="try teacher.dtype: float32 or backend: hf",
+                    hint=OTHERWISE
+                    if why.startswith(ROUNDED)
+                    else "try teacher.dtype: float32 or backend: hf",
                 )
         return [unpack(done[request]) for request in requests]
 
     def _install(self, plan: Plan) -> None:
         if self._plan == plan:
             return
-        for answer in self._call("ddk_install", plan.to_dict(), self._vocab_size):
+        for answer in self._call("ddk_install", plan.to_dict(), self._vocab_size, self.wide):
             if answer.startswith("refused"):
                 raise DdkError(
                     f"vLLM {self.version}: the worker hook does not fit ({answer})",

@@ -37,6 +37,7 @@ V2_ARGUMENTS = [
     "num_computed_tokens",
     "prompt_lens",
 ]
+ROUNDED = "teacher.logits: float32, and this vLLM rounds them"
 STEPS = ("execute_model", "sample_tokens")  # of vLLM's Worker; older ones have the first only
 
 
@@ -73,7 +74,9 @@ class Collector:
     A prompt is a window without its last token: that position has no label, and its row is made here.
     """
 
-    def __init__(self, plan: Plan, vocab_size: int) -> None:
+    def __init__(self, plan: Plan, vocab_size: int, *, wide: bool = False) -> None:
+        """`wide`: logits must come in float32, of a model in 16 bits."""
+        self.wide = wide
         self.plan, self.vocab_size, self.rows = plan, vocab_size, head_rows(vocab_size)
         self.expected: dict[str, tuple[Tensor, Tensor]] = {}  # request -> labels [L], uniforms [T, L, n]
         self.pieces: dict[str, list[tuple[int, Selected]]] = {}
@@ -101,6 +104,9 @@ class Collector:
             logits = logits_of(hidden[at : at + self.rows])
             if logits is None:  # a tensor-parallel rank without logits; the gather inside is a collective,
                 continue  # so leaving the loop early would hang the other ranks
+            if self.wide and logits.dtype != torch.float32:
+                self.failed[request] = f"{ROUNDED}, in {str(logits.dtype).removeprefix('torch.')}"
+                return
             rows = slice(start + at, start + at + len(logits))
             try:
                 logits = logits[:, : self.vocab_size]  # beyond the tokenizer's ids: padding
@@ -209,9 +215,9 @@ class SelectionExtension:
             if hasattr(self, name):
                 setattr(self, name, noting(getattr(self, name), notes))
 
-    def ddk_install(self, plan: dict[str, Any], vocab_size: int) -> str:
+    def ddk_install(self, plan: dict[str, Any], vocab_size: int, wide: bool = False) -> str:
         """Take the place of the prompt-logprobs method; returns the model runner's kind, or why it cannot."""
-        self._ddk_collector = Collector(Plan.from_dict(plan), vocab_size)
+        self._ddk_collector = Collector(Plan.from_dict(plan), vocab_size, wide=wide)
         runner, target, name, known, replacement = self._ddk_target()
         if target is None:
             return f"refused: {type(self.model_runner).__module__} is neither the V1 nor the V2 model runner"

@@ -61,6 +61,22 @@ def test_a_padded_head_is_cut_before_the_softmax(make_project: MakeProject, tmp_
     assert distill(project)["steps"] == 6
 
 
+def test_a_cache_is_of_rounded_logits_or_of_others(make_project: MakeProject) -> None:
+    """Made in 16 bits before teacher.logits was there, it is read, and goes on with `model` only."""
+    path, short = make_project(), ["cache.scheme=topk", "teacher.dtype=bfloat16"]
+    whole = load_project(path, ["output=float32"])
+    cache_teacher(whole)
+    assert "logits" not in CacheReader(whole.cache, 1.0).spec.teacher, "one fingerprint with older caches"
+    older = load_project(path, [*short, "teacher.logits=model"])
+    cache_teacher(older, Request(limit=1))
+    assert "logits" not in CacheReader(older.cache, 1.0).spec.teacher
+    with pytest.raises(DdkError, match=r"another teacher \(logits None there, float32 here\)"):
+        cache_teacher(load_project(path, short))
+    newer = load_project(path, [*short, "output=newer"])
+    cache_teacher(newer, Request(limit=1))
+    assert CacheReader(newer.cache, 1.0).spec.teacher["logits"] == "float32"
+
+
 def test_a_tokenizer_with_other_tokens_is_refused_in_numbers(
     make_project: MakeProject, tmp_path: Path
 ) -> None:

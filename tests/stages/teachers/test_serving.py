@@ -98,6 +98,7 @@ def service(dtype: str = "float32", other: str = "hf") -> Service:
         ("bfloat16", "_ArrayMemoryError: Unable to allocate 3 GiB", "lower teacher.batch_windows ("),
         ("bfloat16", "No available memory for the cache blocks", "raise teacher.vllm.gpu_memory_utilization"),
         ("bfloat16", "The decoder prompt (length 40) is longer than 20", "lower seq_len"),
+        ("bfloat16", "A head_dtype different from the model dtype is only", "set teacher.logits: model"),
         ("bfloat16", DEAD, "see its log above; if it was killed for want of memory"),
     ],
 )

@@ -56,6 +56,10 @@ def logits_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden @ HEAD
 
 
+def rounded_logits_of(hidden: torch.Tensor) -> torch.Tensor:
+    return logits_of(hidden).bfloat16()
+
+
 @pytest.mark.parametrize("cuts", [[0, 19], [0, 5, 19], [0, 1, 18, 19]])
 def test_pieces_of_a_prompt_become_the_whole(cuts: list[int]) -> None:
     made = collector()
@@ -116,6 +120,17 @@ def test_nan_logits_fail_their_request() -> None:
     made = collector()
     made.add("7-0123abcd", 0, HIDDEN, lambda hidden: hidden @ HEAD * float("nan"))
     assert "NaN" in made.take()["failed"]["7"]
+
+
+def test_logits_that_are_rounded_against_the_manifest_fail_their_request() -> None:
+    """A vLLM that knows no head_dtype takes the override without a word."""
+    made = Collector(PLAN, VOCAB, wide=True)
+    for request, rounded in (("7", True), ("8", False)):
+        made.expect(request, "k", LABELS.tobytes())
+        made.add(f"{request}-0123abcd", 0, PROMPT, rounded_logits_of if rounded else logits_of)
+    taken = made.take()
+    assert list(taken["done"]) == ["8"]
+    assert taken["failed"] == {"7": "teacher.logits: float32, and this vLLM rounds them, in bfloat16"}
 
 
 def test_requests_of_vllms_own_are_left_alone() -> None:

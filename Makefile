@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3)
 
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4
 
-.PHONY: help setup demo test test-fast lint bench study docs clean
+.PHONY: help setup demo test test-fast test-gpu lint bench study docs clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -34,11 +34,14 @@ demo: setup ## the whole pipeline on real text with a real teacher; results in r
 	$(BIN)/ddk-pipe demo
 
 test: setup ## all tests: those without vLLM and the real teacher side by side, then those with them
-	$(SIDE_BY_SIDE) --dist loadfile -m "not real"
+	$(SIDE_BY_SIDE) --dist loadfile -m "not real and not gpu"
 	$(BIN)/pytest -m real
 
 test-fast: setup ## most tests that need neither, side by side: about three minutes on two cores
-	$(SIDE_BY_SIDE) --dist loadgroup -m "not real and not slow"
+	$(SIDE_BY_SIDE) --dist loadgroup -m "not real and not gpu and not slow"
+
+test-gpu: setup ## what needs a GPU (docs/gpu.md); DDK_GPU_TESTS=cpu runs it on the CPU as far as it goes
+	$(BIN)/pytest -m gpu
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ class Endless:
     def __init__(self, folder: LocalFolder, templates: int, shards: int) -> None:
         """`folder`: a cache of that many real shards of one window."""
         self.requests = 0
+        self.made: dict[int, bytes] = {}
         spec = spec_of(templates, 1)
         real = shards_of(DOMAIN, SPLIT, spec.domains[DOMAIN][SPLIT])
         self.records = [require_record(folder, shard, spec) for shard in real]
@@ -77,7 +78,12 @@ class Endless:
         return chunks.tobytes() + known[chunks.nbytes :]
 
     def record(self, number: int) -> bytes:
-        """The sealed commit record."""
+        """The sealed commit record, made once."""
+        if number not in self.made:
+            self.made[number] = self._record(number)
+        return self.made[number]
+
+    def _record(self, number: int) -> bytes:
         known, content = self.records[number % len(self.records)], self._content(number, LABELS)
         facts = FileFacts(bytes=len(content), blake2b=durable.digest(content))
         chunk = self.chunk(number)

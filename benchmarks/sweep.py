@@ -101,6 +101,7 @@ def write_project(work: Path, teacher: Path, steps: int, windows: int, student: 
             "micro_batch_windows": 4,
             "interval_steps": 10,
             "validation_windows": 2,
+            "validation_budget": None,
             "gamma": 1.0,
             "initial": "uniform",
         },

@@ -56,6 +56,7 @@ CHANGES: dict[str, Row] = {  # the manifests that sweeps name, by what they chan
             "micro_batch_windows": 4,
             "interval_steps": 15,
             "validation_windows": 4,
+            "validation_budget": None,
             "gamma": 1.0,
             "optimizer": {"learning_rate": 6e-4},
         },

@@ -32,6 +32,21 @@ def test_every_case_against_float64(softcap: float | None) -> None:
     assert not over
 
 
+@pytest.mark.slow
+@needs_triton
+def test_first_use_finds_the_kernel_right_and_auto_takes_it() -> None:
+    found = dict(results(Path(__file__).with_name("first_use_cases.py")))
+    bounds = {"torch.float32": 2e-6, "torch.float16": 2e-3, "torch.bfloat16": 1.6e-2}
+    for dtype, bound in bounds.items():
+        assert dtype in found, found.get("")
+        errors = found.pop(dtype)
+        assert errors["chosen"] == "triton"
+        assert errors["total"] <= bound
+        assert errors["gradients"] <= bound
+    assert len(found) == 9
+    assert set(found.values()) == {None}
+
+
 def call_on_the_cpu(**options: Any) -> None:
     """One position, two hidden units, four tokens."""
     targets = SparseTargets(

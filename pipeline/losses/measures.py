@@ -103,12 +103,10 @@ def sums_by_confidence(confidence: Tensor, hit: Tensor) -> Tensor:
     """Positions, confidence and hits added up in bins of confidence, float64 [3, BINS]; both inputs float64 [N]."""
     # from below too: NaN, of a diverged student, becomes a negative number
     bins = (confidence * BINS).long().clamp_(0, BINS - 1)
-    return torch.stack(
-        [
-            torch.zeros(BINS, dtype=torch.float64, device=confidence.device).index_add_(0, bins, values)
-            for values in (torch.ones_like(confidence), confidence, hit)
-        ]
-    )
+    here = bins[:, None] == torch.arange(BINS, device=bins.device)
+    # Not index_add_, which adds up in any order on a GPU, nor a product, which would carry a NaN into all bins.
+    values = (torch.ones_like(confidence), confidence, hit)
+    return torch.stack([torch.where(here, x[:, None], 0.0).sum(0) for x in values])
 
 
 def target_entropy(targets: SparseTargets) -> float:

@@ -77,6 +77,7 @@ def _origin(parts: Parts, identity: Identity) -> dict[str, Any]:
         "cache_fingerprint": parts.source.fingerprint,
         "tokenizer_digest": parts.source.tokenizer_digest,
         "started_from": made_of["student"],
+        "ids": parts.source.vocab_size,  # rows of the output layer beyond them are padding
         "settings": identity.settings_digest,
     }
 

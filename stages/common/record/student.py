@@ -32,6 +32,7 @@ class _File(BaseModel):
     tokenizer_digest: Text
     started_from: Text | None
     settings: Text
+    ids: Annotated[int, Field(ge=1)] | None = None  # that it was taught; none: saved before this was recorded
     files: Annotated[dict[Text, Text], Field(max_length=4096)]
 
 

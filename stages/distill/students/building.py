@@ -23,6 +23,7 @@ from ddk_pipe.pipeline.models import (
 from ddk_pipe.stages.common import say
 from ddk_pipe.stages.distill.students.layers import keep_layers
 from ddk_pipe.stages.distill.students.module import logit_softcap
+from ddk_pipe.stages.distill.students.vocabulary import padded, rows_in_checkpoint, silence
 
 
 def build_student(project: Project, *, vocab_size: int, seed: int) -> Any:
@@ -70,7 +71,7 @@ def _first_weights(project: Project, student: Student, vocab_size: int) -> Any:
     if student.model is not None:
         return _load(project.model(student.model, field=field), field, trust_remote_code=trust)
     if student.config is not None:
-        return _from_config(project, student.config, vocab_size)
+        return _fresh(project, student.config, vocab_size)
     lm = _load(project.teacher_model, "teacher.model", trust_remote_code=trust, revision=teacher.revision)
     keep_layers(lm, student.keep_layers or [])
     return lm
@@ -117,23 +118,42 @@ def _load(name: str, field: str, *, trust_remote_code: bool, revision: str | Non
     return load_causal_lm(folder, field=field, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
-def _from_config(project: Project, source: dict[str, Any] | str, vocab_size: int) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _fresh(project: Project, source: dict[str, Any] | str, vocab_size: int) -> Any:
+    """Random weights. Where the configuration leaves the vocabulary open: `vocab_size` ids, padded; without padding
+    where the run has a checkpoint from before there was any."""
+    values = _configuration(project, source)
+    if "vocab_size" in values:
+        return _from_config(values)
+    state = torch.random.get_rng_state()
+    lm = _from_config({**values, "vocab_size": padded(vocab_size)})
+    if rows_in_checkpoint(lm, project.run / "checkpoints") == vocab_size:
+        torch.random.set_rng_state(state)
+        return _from_config({**values, "vocab_size": vocab_size})
+    silence(lm, vocab_size)
+    return lm
 
+
+def _configuration(project: Project, source: dict[str, Any] | str) -> dict[str, Any]:
+    """The values of student.config; raises DdkError for a file that cannot be read."""
     if isinstance(source, str):
         path = project.path(source, field="student.config")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DdkError(f"student.config: no file {path}", hint="mend the path") from None
         except ValueError:
             raise DdkError(f"student.config: {path} is not JSON", hint="mend the file") from None
-    else:
-        values = dict(source)
+        return values
+    return dict(source)
+
+
+def _from_config(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(values)
     kind = values.pop("model_type", None)
     if kind is None:
         raise DdkError("student.config: model_type is missing", hint="for example model_type: llama")
-    values = {"vocab_size": vocab_size, **values}
     try:
         config = AutoConfig.for_model(kind, **values)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

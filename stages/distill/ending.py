@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import ddk_pipe
+from ddk_pipe.pipeline.losses import chosen_implementation
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.storage import durable
 from ddk_pipe.stages.common import peak_memory_bytes, read_student_record, say, write_student_record
@@ -37,6 +38,7 @@ def finish(parts: Parts, position: Position, identity: Identity) -> dict[str, An
         "peak_device_memory_bytes": _peak_device_memory(parts.device),
         "processes": parts.world.size,
         "parallel": parts.options.parallel if parts.world.distributed else None,
+        "loss": _loss(parts),
         "stopped_by_gap": position.finished,
         "best_step": best,
         "warnings": position.warnings,
@@ -101,6 +103,20 @@ def _save_best(parts: Parts, position: Position, identity: Identity) -> int | No
     parts.checkpoints.load(best)
     _save_student(parts, "best", identity)
     return best.step
+
+
+def _loss(parts: Parts) -> str | None:
+    """What computed it: `pipeline.losses.chosen_implementation`; None where a teacher was in memory."""
+    options = parts.options
+    if options.targets == "online":
+        return None
+    return chosen_implementation(
+        parts.device,
+        parts.compute_dtype(),
+        temperature=options.temperature,
+        direction=options.direction,
+        softcap=parts.student.softcap,
+    )
 
 
 def _peak_device_memory(device: torch.device) -> int | None:

@@ -48,7 +48,9 @@ class Parts:
         self.sizes = self.source.sizes
         self.rule = mixing_rule(self.options, self.domains, self.sizes)
         self.tokenizer = shared_tokenizer(project, self.source.tokenizer_digest)
-        self.wrapped = wrap(self._student(), self.world, parallel=self.options.parallel, dtype=self._dtype())
+        self.wrapped = wrap(
+            self._student(), self.world, parallel=self.options.parallel, dtype=self.compute_dtype()
+        )
         self.student = self.wrapped.student
         self.optimizer = make_optimizer(self.student, self.options)
         self.sampler = DomainSampler(
@@ -109,9 +111,10 @@ class Parts:
 
         self.world.of_leader(prove)
 
-    def _dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """Of the student's products; its weights are float32."""
         return pick_dtype(self.options.precision, self.device)
 
     def _autocast(self) -> Any:
-        dtype = self._dtype()
+        dtype = self.compute_dtype()
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)

@@ -7,7 +7,7 @@ a thousand domains would be gigabytes a process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,23 +113,32 @@ class Validation:
     def _teacher_ce(self) -> FloatArray:
         """Of every domain, over the windows of all processes: the same bits on each.
 
-        Raises DdkError, on all of them, for a domain without a label.
+        A domain whose windows have no label (the end of a long prompt) gets more of them. Raises DdkError, on all
+        processes, for one without any label.
         """
-        own = [(domain, number) for domain, count in enumerate(self.counts) for number in self._own(count)]
-        ahead = 2 * self.source.readers
-        labelled = prefetch(self._labelled, own, ahead=ahead, threads=self.source.readers)
-        found: list[list[NDArray[np.float32]]] = [[] for _ in self.domains]
-        for (domain, _), logprobs in zip(own, labelled, strict=True):
-            found[domain].append(logprobs)
-        sums = np.array([_sum_and_count(parts) for parts in found], dtype=np.float64)
-        totals, counts = self.world.sum(sums).T
-        for name, labels in zip(self.domains, counts, strict=True):
+        sums = self._label_sums(range(len(self.domains)))
+        sizes = self.source.validation_sizes
+        while silent := [d for d, (_, labels) in enumerate(sums) if not labels and self.counts[d] < sizes[d]]:
+            for domain in silent:
+                self.counts[domain] = min(2 * self.counts[domain], sizes[domain])
+            sums[silent] = self._label_sums(silent)
+        for name, (_, labels) in zip(self.domains, sums, strict=True):
             if not labels:
                 raise DdkError(
                     f"{name}/validation: no window with a label, so there is no gap to weigh the domain by",
                     hint="give the domain more text, or name validation files for it",
                 )
-        return np.asarray(-(totals / counts), dtype=np.float64)
+        return np.asarray(-(sums[:, 0] / sums[:, 1]), dtype=np.float64)
+
+    def _label_sums(self, domains: Sequence[int]) -> FloatArray:
+        """The labels' log-probabilities added up, and their number, of these domains on all processes: [domains, 2]."""
+        own = [(domain, number) for domain in domains for number in self._own(self.counts[domain])]
+        ahead = 2 * self.source.readers
+        labelled = prefetch(self._labelled, own, ahead=ahead, threads=self.source.readers)
+        found: dict[int, list[NDArray[np.float32]]] = {domain: [] for domain in domains}
+        for (domain, _), logprobs in zip(own, labelled, strict=True):
+            found[domain].append(logprobs)
+        return self.world.sum(np.array([_sum_and_count(parts) for parts in found.values()]))
 
     def _labelled(self, place: tuple[int, int]) -> NDArray[np.float32]:
         """The teacher's log-probabilities of a window's labels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_no_window_is_held(cached: Path) -> None:
     parts = alone(cached)
     parts.validation.run()
     assert windows() == before
+
+
+def test_windows_without_a_label_are_made_up_for(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first windows of a domain may be the inside of one long prompt."""
+    real = CacheSource.validation
+
+    def silent(self: CacheSource, domain: int, window: int) -> CachedWindow:
+        found = real(self, domain, window)
+        return replace(found, labels=np.full_like(found.labels, NO_LABEL)) if window == 0 else found
+
+    monkeypatch.setattr(CacheSource, "validation", silent)
+    parts = alone(cached, "distill.validation_windows=1")
+    assert parts.validation.counts == [2, 2]
+    assert np.isfinite(parts.validation.run().student_ce).all()
 
 
 def test_a_domain_without_labels(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from ddk_pipe.stages.distill.batches import BatchMaker
 from ddk_pipe.stages.distill.checkpoints import Checkpoints
 from ddk_pipe.stages.distill.optimizer import make_optimizer
 from ddk_pipe.stages.distill.schedules import stable_steps
+from ddk_pipe.stages.distill.sharding import fill, taken_apart
 from ddk_pipe.stages.distill.sources import CacheSource, OnlineSource, Source
 from ddk_pipe.stages.distill.step import Stepper
 from ddk_pipe.stages.distill.students import (
@@ -25,7 +26,7 @@ from ddk_pipe.stages.distill.students import (
     shared_tokenizer,
 )
 from ddk_pipe.stages.distill.validation import Validation
-from ddk_pipe.stages.distill.world import World, wrap
+from ddk_pipe.stages.distill.world import World, Wrapped, wrap
 
 
 class Parts:
@@ -48,9 +49,7 @@ class Parts:
         self.sizes = self.source.sizes
         self.rule = mixing_rule(self.options, self.domains, self.sizes)
         self.tokenizer = shared_tokenizer(project, self.source.tokenizer_digest)
-        self.wrapped = wrap(
-            self._student(), self.world, parallel=self.options.parallel, dtype=self.compute_dtype()
-        )
+        self.wrapped = self._wrapped()
         self.student = self.wrapped.student
         self.optimizer = make_optimizer(self.student, self.options)
         self.sampler = DomainSampler(
@@ -87,11 +86,31 @@ class Parts:
             return CacheSource(self.project)
         return OnlineSource(self.project, self.device)
 
-    def _student(self) -> DistillStudent:
-        lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+    def _wrapped(self) -> Wrapped:
+        parallel, dtype = self.options.parallel, self.compute_dtype()
+        if not self.world.distributed or parallel != "fsdp":
+            lm = self._built()
+            if self.prove:
+                self.world.of_leader(lambda: self._prove_saved(lm))
+            return wrap(self._student(lm.to(self.device)), self.world, parallel=parallel, dtype=dtype)
+        lm, tensors = taken_apart(self.world, self._built_and_proven)
+        student = self._student(lm if tensors is not None else lm.to(self.device))
+        wrapped = wrap(student, self.world, parallel=parallel, dtype=dtype, device=self.device)
+        if tensors is not None:
+            fill(student, self.device, self.world, tensors, prefix="lm.")
+        return wrapped
+
+    def _built(self) -> Any:
+        return build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+
+    def _built_and_proven(self) -> Any:
+        lm = self._built()
         if self.prove:
             self._prove_saved(lm)
-        student = DistillStudent(lm.to(self.device))
+        return lm
+
+    def _student(self, lm: Any) -> DistillStudent:
+        student = DistillStudent(lm)
         if self.options.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.options.compile:
@@ -100,16 +119,12 @@ class Parts:
         return student
 
     def _prove_saved(self, lm: Any) -> None:
-        """Once a run, where it starts, and on one process; the others are told what it found."""
+        """Once a run, where it starts; for one process."""
         manifest, run = self.project.manifest, self.project.run
         assert manifest.student is not None
         field, trust = origin(manifest.student, manifest.teacher)
-
-        def prove() -> None:
-            if not any((run / "checkpoints").glob("step-*")):
-                prove_saved(lm, self.tokenizer, run, field=field, trust_remote_code=trust)
-
-        self.world.of_leader(prove)
+        if not any((run / "checkpoints").glob("step-*")):
+            prove_saved(lm, self.tokenizer, run, field=field, trust_remote_code=trust)
 
     def compute_dtype(self) -> torch.dtype:
         """Of the student's products; its weights are float32."""

@@ -180,8 +180,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def wrap(student: DistillStudent, world: World, *, parallel: str, dtype: torch.dtype) -> Wrapped:
+def wrap(
+    student: DistillStudent,
+    world: World,
+    *,
+    parallel: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Wrapped:
     """DDP or FSDP2 (`parallel`: ddp, fsdp) of a student that is on its device; alone: the student itself.
+    FSDP2: or of one on the meta device, for `device`, that is filled afterwards (`sharding.fill`).
 
     FSDP2: each decoder layer is a unit and all the rest another, in which embedding, final norm and output layer
     stay together, tied or not. Masters and gradients are float32; layers compute in `dtype`.
@@ -189,13 +197,17 @@ def wrap(student: DistillStudent, world: World, *, parallel: str, dtype: torch.d
     if not world.distributed:
         return Wrapped(student, student, world, sharded=False)
     if parallel == "ddp":
-        ddp = nn.parallel.DistributedDataParallel(student, forward_sync_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel(
+            student,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # else gradients are held twice
+        )
         return Wrapped(student, ddp, world, sharded=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(student.parameters()).device.type
-    mesh = init_device_mesh(device, (world.size,))
+    place = device or next(student.parameters()).device
+    mesh = init_device_mesh(place.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:  # cast_forward_inputs would round the teacher's log-probabilities
         policy = MixedPrecisionPolicy(

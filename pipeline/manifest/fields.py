@@ -67,9 +67,7 @@ class Prepare(Section):
         0.05, description="share of a domain's documents set aside by their hash where no validation is named"
     )
     max_validation_windows: Positive = Field(64, description="windows per domain kept for validation")
-    max_train_windows: Positive | None = Field(
-        None, description="windows per domain kept for training; none: all of the text"
-    )
+    max_train_windows: Positive | None = Field(None, description="windows per domain for training; none: all")
     chat_template: str | None = Field(
         None,
         description="file of another chat template, which the student is saved with; none: the tokenizer's",
@@ -120,11 +118,7 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    logits: Literal["float32", "model"] = Field(
-        "float32",
-        description="float32: the output layer of a teacher in 16 bits does not round its logits;"
-        " model: as the engine gives them, and as caches from before this field were made",
-    )
+    logits: Literal["float32", "model"] = Field("float32", description="model: rounded to the dtype")
     device: str = Field(
         "auto",
         description="hf backend: auto, cpu, cuda, cuda:0, ...; balanced or sequential: spread over all GPUs"

@@ -35,7 +35,7 @@ def complaint(
 ) -> str | None:
     """What is wrong with the kernel on logits of that dtype, or with products of such operands; None if nothing is."""
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # whatever the loss is called in
             errors = _kernel_errors(device, logits, temperature, kept) | _product_errors(device, operand)
     except Exception as reason:  # noqa: BLE001 - a compiler, a driver, a version: whatever it is, torch does it then
         return " ".join(f"{type(reason).__name__}: {reason}".split())[:300]

@@ -13,7 +13,7 @@ from loss_cases import BOUND, dense, linear, make_case, relative, replaced
 from torch import Tensor
 from torch_kernel import cuda_like_cpu, torch_kernel
 
-from ddk_pipe.pipeline.losses import choice, chosen_implementation, chunks, first_use
+from ddk_pipe.pipeline.losses import choice, chosen_implementation, chunks, first_use, linear_sparse_kd
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_chunks")
 
@@ -55,6 +55,12 @@ def test_a_kernel_that_is_right_is_taken(
         got, _ = linear(case, dtype, gamma=0.7, temperature=temperature)
     assert set(calls) == {dtype}
     assert relative(got.total, want.total) <= max(BOUND[torch.float32], torch.finfo(dtype).eps)
+
+
+def test_a_first_use_without_gradients_is_as_good(calls: list[torch.dtype]) -> None:
+    with torch.inference_mode(), Watch():
+        linear_sparse_kd(*(torch.ones(2, 3), torch.ones(4, 3), torch.ones(2).long()), None, gamma=0.0)
+    assert calls
 
 
 def test_under_a_softcap_the_kernel_gets_float32(calls: list[torch.dtype]) -> None:

@@ -48,18 +48,19 @@ def sums_and_gradients(
     h = as_operand(hidden if n == len(hidden) else hidden.index_select(0, rows.live), operand)
     w = as_operand(weight, operand)
     b = None if bias is None else as_operand(bias, operand)
-    of_hidden, of_weight, of_bias = (
-        h.new_zeros(like.shape, dtype=wide) if want else None
-        for like, want in zip((h, w, w[:, 0]), wanted, strict=True)
-    )
-    chunks = _Chunks(n, h, w, b, terms, any(wanted))
+    # The first chunk writes dweight and the others add to it; sparse gradients are only ever added.
+    fresh = h.new_empty if n and terms.skip is None else h.new_zeros
+    of_hidden = h.new_empty(h.shape, dtype=wide) if wanted[0] else None
+    of_weight = fresh(w.shape, dtype=wide) if wanted[1] else None
+    of_bias = h.new_zeros(len(w), dtype=wide) if wanted[2] else None
+    chunks = _Chunks(rows, h, w, b, terms, any(wanted))
     ce, kl = h.new_empty(2, n, dtype=wide)
     for part in chunks.parts:
         ce[part], kl[part], dz = chunks.loss(h[part], rows.rows(part))
         if of_bias is not None:
             of_bias.add_(dz.sum(0, dtype=wide))
         into = None if of_hidden is None else of_hidden[part]
-        _add_products_(into, of_weight, dz.to(h.dtype), h[part], w, terms.skip)
+        _products_(into, of_weight, dz.to(h.dtype), h[part], w, terms.skip, first=part.start == 0)
     return ce.sum(), kl.sum(), (of_hidden, of_weight, of_bias)
 
 
@@ -67,15 +68,21 @@ class _Chunks:
     """How positions are cut into chunks, and the memory that all chunks of a loss use in turn."""
 
     def __init__(
-        self, n: int, h: Tensor, w: Tensor, b: Tensor | None, terms: Terms, want_gradient: bool
+        self,
+        of: LabelledRows,
+        h: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        terms: Terms,
+        want_gradient: bool,
     ) -> None:
         self.w, self.b, self.terms, self.want_gradient = w, b, terms, want_gradient
-        wide, vocab = accumulator(h.dtype), len(w)
+        wide, vocab, n = accumulator(h.dtype), len(w), len(of)
         dtype = h.dtype if terms.by_triton and terms.softcap is None else wide
         rows = _chunk_rows(n, vocab * dtype.itemsize, _logit_bytes(h.device, terms))
         self.parts = [slice(start, min(start + rows, n)) for start in range(0, n, max(rows, 1))]
         self.flat = h.new_empty(rows * vocab + 1, dtype=dtype)
-        two_softmaxes = terms.temperature != 1 and not terms.by_triton
+        two_softmaxes = terms.temperature != 1 and of.ids.numel() > 0 and not terms.by_triton
         self.softened = h.new_empty(rows, vocab, dtype=dtype) if two_softmaxes else None
         sloped = terms.softcap is not None and want_gradient
         self.slopes = h.new_empty(rows, vocab, dtype=dtype) if sloped else None
@@ -103,15 +110,20 @@ class _Chunks:
             z.add_(self.b)
 
 
-def _add_products_(
+def _products_(
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
     dz: Tensor,
     h: Tensor,
     w: Tensor,
     skip: GradientSkip | None,
+    *,
+    first: bool,
 ) -> None:
-    """The share of one chunk: dz [n, V] is d total / d logits, h [n, d] its hidden states."""
+    """The share of one chunk: dz [n, V] is d total / d logits, h [n, d] its hidden states.
+
+    d_hidden [n, d] is the chunk's own and written, d_weight [V, d] written by the first chunk and added to by others.
+    """
     wanted = d_hidden is not None or d_weight is not None
     if skip is not None and wanted and skip.pays(dz):
         survivors = skip.draw(dz)
@@ -123,7 +135,7 @@ def _add_products_(
     if d_hidden is not None:
         multiply_(d_hidden, dz, w)
     if d_weight is not None:
-        add_product_(d_weight, dz.t(), h)
+        (multiply_ if first else add_product_)(d_weight, dz.t(), h)
 
 
 def _logit_bytes(device: torch.device, terms: Terms) -> int:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import poisoned_outputs
 from loss_cases import (
     NEG_INF,
     SCHEMES,
     assert_equals_reference,
     dense,
+    ignored,
     linear,
     make_case,
     one_hot_loss,
@@ -229,3 +231,13 @@ def test_gradient_off_the_ids_is_there(temperature: float) -> None:
     for i, ids in enumerate(case.targets.ids.tolist()):
         off = [v for v in range(97) if v not in ids]
         assert relative(of_kl[i, off], temperature * s[i, off]) <= 1e-6  # weights are float32
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"gradient_skip": 0.5}])
+def test_memory_that_nobody_cleared_does_not_show(options: dict[str, Any]) -> None:
+    """Fresh memory holds NaN here: what is only added to, or read where nothing was written, becomes NaN."""
+    with poisoned_outputs():
+        loss, gradients = linear(make_case("topk"), gamma=0.7, **options)
+        _, none = linear(ignored(make_case("topk")), gamma=0.7, **options)
+    assert all(x.isfinite().all() for x in (loss.total, *gradients))
+    assert not any(gradient.any() for gradient in none)

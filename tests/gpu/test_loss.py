@@ -1,7 +1,7 @@
 """The loss on a GPU: every kernel and path in three dtypes against float64, into poisoned memory, three times alike.
 
 What the interpreter cannot show is what these are for: barriers, races, a GPU's own exp and rounding, and that the
-host does not wait. DDK_GPU_TESTS_ON=cpu with TRITON_INTERPRET=1 tries the tests themselves, with -m gpu.
+host does not wait. DDK_GPU_TESTS=cpu with TRITON_INTERPRET=1 tries the tests themselves, with -m gpu.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ddk_pipe.pipeline.losses import (
 )
 from ddk_pipe.pipeline.targets import NO_LABEL
 
-DEVICE = torch.device(os.environ.get("DDK_GPU_TESTS_ON", "cuda"))
+DEVICE = torch.device(os.environ.get("DDK_GPU_TESTS", "cuda"))
 IS_CUDA = DEVICE.type == "cuda"
 
 pytestmark = [

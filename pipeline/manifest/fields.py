@@ -120,9 +120,7 @@ class Teacher(Section):
     )
     logits: Literal["float32", "model"] = Field("float32", description="model: rounded to the dtype")
     device: str = Field(
-        "auto",
-        description="hf backend: auto, cpu, cuda, cuda:0, ...; balanced or sequential: spread over all GPUs"
-        " (auto does so where one is too small)",
+        "auto", description="hf: auto, cpu, cuda, cuda:0, ...; balanced or sequential: spread over all GPUs"
     )
     batch_windows: Positive = Field(8, description="windows per forward pass")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -291,8 +289,7 @@ class Distill(Section):
     )
     log_steps: Positive | None = Field(
         None,
-        description="steps between two readings of the loss from the device, which record and progress follow; fewer"
-        " where they take over 2 s; none: 10 on a GPU, 1 on a CPU",
+        description="steps between two readings of the loss (at most 2 s); none: 10 on a GPU, 1 on a CPU",
     )
     keep_last: Positive = Field(1, description="checkpoints kept, the newest ones")
     keep_best: bool = Field(False, description="keep also the one of the lowest mean validation gap")

@@ -31,6 +31,7 @@ def outcome_of(architecture: Architecture, folder: Path) -> str:
         "batch_tokens": 64,
         "interval_steps": 2,
         "validation_windows": WINDOWS,
+        "validation_budget": None,  # the windows that are evaluated, all of them
     }
     path = write_project(folder, teacher, student={"keep_layers": list(architecture.keep)}, distill=loop)
     for name in ("code", "plays"):

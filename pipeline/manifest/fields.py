@@ -284,7 +284,7 @@ class Distill(Section):
         description="most tokens validated per interval, as a share of the tokens trained in it; fewer windows then,"
         " at least one a domain; null: always validation_windows",
     )
-    checkpoint_steps: Positive | None = Field(None, description="steps between checkpoints beside updates'")
+    checkpoint_steps: Positive | None = Field(None, description="steps between two beside those at updates")
     log_steps: Positive | None = Field(
         None,
         description="steps between two readings of the loss (at most 2 s); none: 10 on a GPU, 1 on a CPU",

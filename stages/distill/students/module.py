@@ -10,8 +10,9 @@ from ddk_pipe.pipeline.losses import (
     DenseTargets,
     LabelledRows,
     SparseKdLoss,
-    labelled_rows,
     linear_dense_kd,
+    linear_sparse_kd,
+    measure,
     measure_rows,
     rows_sparse_kd,
 )
@@ -54,14 +55,11 @@ class DistillStudent(nn.Module):
         layer: dict[str, Any] = {"bias": getattr(head, "bias", None), "softcap": self.softcap}
         if isinstance(targets, DenseTargets):
             return linear_dense_kd(hidden, head.weight, labels.flatten(), targets, **layer, **options)
-        if isinstance(targets, SparseTargets):
-            direction = options.get("direction", "forward")
-            targets = labelled_rows(
-                labels.flatten(), targets, vocab=head.weight.shape[0], gamma=0.0, direction=direction
-            )
-        if measuring:
-            return measure_rows(hidden, head.weight, targets, **layer, **options)
-        return rows_sparse_kd(hidden, head.weight, targets, **layer, **options)
+        if isinstance(targets, LabelledRows):
+            of_rows = measure_rows if measuring else rows_sparse_kd
+            return of_rows(hidden, head.weight, targets, **layer, **options)
+        of_all = measure if measuring else linear_sparse_kd
+        return of_all(hidden, head.weight, labels.flatten(), targets, **layer, **options)
 
     @property
     def blocks(self) -> nn.ModuleList:

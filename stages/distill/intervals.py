@@ -57,12 +57,15 @@ def end_interval(parts: Parts, journal: Journal, position: Position) -> None:
     threshold = parts.options.stop_gap_nats
     position.finished = threshold is not None and bool((gaps < threshold).all())
     _warn_if_lopsided(parts, position, by_gaps=parts.options.mixing not in ("uniform", "natural"))
+    if position.finished or position.step == parts.options.steps:  # what the student is judged by
+        outcome = parts.validation.complete(outcome)
+        gaps = outcome.student_ce - outcome.teacher_ce
     _write_down(parts, journal, position, outcome)
     journal.publish()
     journal.checkpoint(position)
     say(
         f"distill: step {position.step}/{parts.options.steps}, mean validation gap"
-        f" {position.gap:.3f} nats/token"
+        f" {gaps.mean():.3f} nats/token"
     )
     show_weights(parts.domains, position.shares, gaps.tolist())
     if position.finished:
@@ -82,7 +85,7 @@ def _warn_if_lopsided(parts: Parts, position: Position, *, by_gaps: bool) -> Non
 def _write_down(parts: Parts, journal: Journal, position: Position, outcome: Outcome) -> None:
     drawn = parts.sampler.state_dict()["cursors"]
     for index, domain in enumerate(parts.domains):
-        student, teacher = float(outcome.student_ce[index]), float(parts.teacher_ce[index])
+        student, teacher = float(outcome.student_ce[index]), float(outcome.teacher_ce[index])
         row = {
             "student_ce": student,
             "teacher_ce": teacher,

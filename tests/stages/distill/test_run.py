@@ -46,7 +46,7 @@ def by_step(run: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 
 def test_weights_of_the_record_are_the_papers_equations(cached: Path) -> None:
-    _, folder = run(cached, "distill.alpha=0.3")
+    _, folder = run(cached, "distill.alpha=0.3", "distill.validation_budget=null")
     weights, steps = None, []
     for step, rows in by_step(folder):
         steps.append(step)
@@ -62,6 +62,7 @@ def test_learnability_sees_the_losses_of_the_update_before(cached: Path) -> None
     _, folder = run(
         cached,
         "distill.mixing=learnability",
+        "distill.validation_budget=null",
         "distill.initial=natural",
         "distill.optimizer.learning_rate=1e-2",
     )

@@ -67,7 +67,7 @@ def test_sums_are_those_of_every_micro_batch_in_order(cached: Path) -> None:
                 wanted[domain] += parts.student(batch.tokens, batch.labels, batch.rows, measuring=True)
     assert parts.validation.counts[0] > 1
     with torch.no_grad():
-        assert np.array_equal(parts.validation._sums(), wanted.numpy())
+        assert np.array_equal(parts.validation.run().sums, wanted.numpy())
 
 
 def test_the_teachers_ce_is_the_mean_over_all_windows(cached: Path) -> None:
@@ -87,14 +87,29 @@ def test_processes_read_their_own_windows_and_nothing_twice(cached: Path, size: 
     counts = ranks[0][0].counts
     everything = [(domain, window) for domain, count in enumerate(counts) for window in range(count)]
     with torch.no_grad():
-        whole = of_rank(parts, 0, 1)[0]._sums()
+        windows = [range(count) for count in counts]
+        whole = of_rank(parts, 0, 1)[0]._own_sums(windows)
         before = [list(source.asked) for _, source in ranks]
-        sums = [validation._sums() for validation, _ in ranks]
+        sums = [validation._own_sums(windows) for validation, _ in ranks]
     assert sorted(place for asked in before for place in asked) == everything
     for asked, (_, source) in zip(before, ranks, strict=True):
         assert sorted(source.asked[len(asked) :]) == sorted(asked)  # again, and only these
-    assert len({len(list(validation._batches())) for validation, _ in ranks}) == 1
+    assert len({len(list(validation._batches(windows))) for validation, _ in ranks}) == 1
     np.testing.assert_allclose(sum(sums), whole, rtol=1e-6, atol=1e-9)
+
+
+def test_what_a_budget_left_out_is_added(cached: Path) -> None:
+    """The student is judged by all windows at the end of its run."""
+    parts = alone(cached)
+    wanted = parts.validation.run()
+    assert parts.validation.complete(wanted) is wanted
+    few = alone(cached, "distill.validation_budget=0.001").validation
+    assert few.counts == [1, 1]
+    outcome = few.run()
+    found = few.complete(outcome)
+    assert found.sums[0, 0] > outcome.sums[0, 0]
+    np.testing.assert_allclose(found.sums, wanted.sums, rtol=1e-6)
+    np.testing.assert_allclose(found.teacher_ce, wanted.teacher_ce, rtol=1e-12)
 
 
 def test_no_window_is_held(cached: Path) -> None:

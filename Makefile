@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in $$(type -ap python3.11 python3.12 python3.13 python3)
 # three also on two cores: a third of their time tests wait for disks, clocks and processes of their own
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3
 
-.PHONY: help setup demo test test-fast test-gpu lint bench study docs clean
+.PHONY: help setup demo test test-fast test-gpu lint bench bench-gpu study docs clean
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -61,6 +61,11 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json --docs docs/scale.md
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/distill_step.py --json benchmarks/results/distill_step.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/offline_online.py --json benchmarks/results/offline_online.json
+
+bench-gpu: setup ## what the GPU paths cost on one card: loss, step, teacher, minutes each; results in benchmarks/results/gpu
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu loss --out benchmarks/results/gpu
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu step --out benchmarks/results/gpu
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu teacher --out benchmarks/results/gpu
 
 study: setup ## the study of docs/study.md, from raw text: hours; resumes. STUDY="--seeds 1 baselines" for a part
 	PYTHONPATH=benchmarks:benchmarks/study $(BIN)/python benchmarks/study/study.py $(STUDY)

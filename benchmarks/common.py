@@ -95,8 +95,8 @@ def fresh_process(script: str, *arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def goal(name: str, wanted: str, value: float | str, met: bool) -> Row:
-    """One line of `goals`."""
+def goal(name: str, wanted: str, value: float | str, met: bool | None) -> Row:
+    """One line of `goals`; `met` None where nothing can be said about it."""
     return {"name": name, "goal": wanted, "value": value, "met": met}
 
 
@@ -122,7 +122,7 @@ def report(
     for row in rows:
         print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
     for line in goals:
-        met = "met" if line["met"] else "NOT MET"
+        met = {True: "met", False: "NOT MET", None: "not judged"}[line["met"]]
         print(f"{met}: {line['name']}: {_short(line['value'])} (goal {line['goal']})")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ curves  the same over vocabularies and numbers of positions, drawn numbers, a pr
 errors  against float64, in float32, float64 and bfloat16, beside eager PyTorch in the same dtype
 peers   losses of TRL, torchtune and Liger-Kernel, imported from --peers DIR too, which need not be installed:
         pip install --no-deps --target DIR trl torchtune liger-kernel
-cuda    with --device cuda, alone: V = 131072, d = 2048, 8k and 64k positions, bfloat16
+cuda    with --device cuda, alone: the part `loss` of `python -m gpu`
 
 A part replaces its own rows in OUT and leaves the others.
 """
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from common import Row, alternate, fresh_process, goal, peak_growth, report, spread, timing
 
@@ -132,7 +133,8 @@ def main() -> None:
     if arguments.peak:
         print(json.dumps(peak_of(arguments.rows, arguments.peak)))
     elif arguments.device == "cuda":
-        part_of("cuda")(arguments)
+        gpu_loss: Any = import_module("gpu.loss")
+        gpu_loss.run("cuda", arguments.json, rounds=arguments.rounds, peers=arguments.peers, part="cuda")
     else:
         for name in [arguments.only] if arguments.only else PARTS:
             part_of(name)(arguments)

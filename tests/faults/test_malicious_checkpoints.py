@@ -55,6 +55,7 @@ class Enemy:
             folder / "run" / "checkpoints", wrapped, optimizer, keep_last=1, keep_best=False
         )
         self.checkpoints.save({"step": 3, "gap": None})
+        self.checkpoints.settle()
         self.path = self.checkpoints.folder / STEP
         (self.file,) = self.path.glob("*.safetensors")
 

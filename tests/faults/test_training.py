@@ -6,6 +6,7 @@ line in the same processes again and again. Last, torchrun itself is told to sto
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.stages.cli import app, main
 from ddk_pipe.stages.distill import distill
 from ddk_pipe.stages.distill.batches import StepData
+from ddk_pipe.stages.distill.checkpoints import writing
+from ddk_pipe.stages.distill.checkpoints.tensor_files import write_tensors
 from ddk_pipe.stages.distill.run import Run
 from ddk_pipe.stages.distill.sources import CacheSource
 from ddk_pipe.stages.distill.step import Stepper
@@ -44,14 +47,16 @@ def checkpoints_of(run: Path) -> list[int]:
     return sorted(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
 
 
-def before_step(patch: pytest.MonkeyPatch, step: int, act: Any) -> None:
-    """Call act() before that step is trained, once."""
+def before_step(patch: pytest.MonkeyPatch, step: int, act: Any, *, settled: bool = False) -> None:
+    """Call act() before that step is trained, once; `settled`: with no checkpoint under way."""
     real = Run._step
     done: list[int] = []
 
     def step_after(self: Run, position: Any, data: Any) -> Any:
         if position.step == step - 1 and not done:
             done.append(step)
+            if settled:
+                self.checkpoints.settle()
             act()
         return real(self, position, data)
 
@@ -72,7 +77,7 @@ def test_a_full_disk_under_training(cached: Path, small_disk: Path, monkeypatch:
     lines = []
     for room in (0, 90_000, 270_000, 360_000):  # a checkpoint takes about 390,000
         with monkeypatch.context() as patch:
-            before_step(patch, 4, lambda room=room: leave_bytes(small_disk, room))
+            before_step(patch, 4, lambda room=room: leave_bytes(small_disk, room), settled=True)
             result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2, result.output
         said = [line for line in result.output.splitlines() if line.startswith("ddk-pipe:")]
@@ -131,6 +136,11 @@ class Ranks:
                 before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
             self.command("stop")
         self.command("stop/again")
+        self.command("whole_ddp", "distill.parallel=ddp")
+        with pytest.MonkeyPatch.context() as patch:
+            fail_from(patch, 4)
+            self.command("fail_ddp", "distill.parallel=ddp")
+        self.command("fail_ddp/again", "distill.parallel=ddp")
 
     def turn_nan(self, patch: pytest.MonkeyPatch) -> None:
         """A fault that no sound cache has: from the fourth step on, a window of the second rank has NaN targets."""
@@ -154,6 +164,18 @@ class Ranks:
 
         patch.setattr(Stepper, "step", step)
         patch.setattr(CacheSource, "read", read)
+
+
+def fail_from(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Writing checkpoints of that step and later ones fails, after a moment."""
+
+    def write(folder: Path, tensors: Any) -> None:
+        if int(folder.name.split("-")[1].split(".")[0]) >= step:
+            time.sleep(0.2)
+            raise OSError(errno.EIO, "the disk is broken")
+        write_tensors(folder, tensors)
+
+    patch.setattr(writing, "write_tensors", write)
 
 
 def fill_disk(disk: Path, arguments: list[str]) -> None:
@@ -251,6 +273,19 @@ def test_one_of_two_ranks_told_to_stop(outcomes: dict[str, Any]) -> None:
     assert found["checkpoints"] == [3] and not found["partial"]
     assert found["files"] == [f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)]
     assert_same_end("stop", outcomes)
+
+
+@pytest.mark.slow
+def test_a_writer_that_fails_under_two_whole_students(outcomes: dict[str, Any]) -> None:
+    """The first rank alone writes, and all of them end with what it says."""
+    found = outcomes["fail_ddp"]
+    assert found["status"] == [2, 2], found["output"]
+    (line,) = said(found)
+    assert re.search(r"checkpoints/step-00000004\S*: .*the disk is broken", line), line
+    assert found["checkpoints"] == [3] and not found["partial"]
+    assert found["files"] == ["shard-00001-model-00001-of-00001.safetensors"]
+    assert outcomes["whole_ddp"]["status"] == [0, 0] == outcomes["fail_ddp/again"]["status"], outcomes
+    assert_same_bits(Path(found["run"]), Path(outcomes["whole_ddp"]["run"]))
 
 
 @pytest.mark.slow

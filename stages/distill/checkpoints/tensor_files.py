@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -29,6 +30,21 @@ def tensor_writer(folder: Path, tensors: Mapping[str, Tensor]) -> HuggingFaceSto
         taken += tensor.numel() * tensor.element_size()
         file_of[name] = taken // FILE_BYTES + 1
     return HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole tensors by this process alone, whatever others it has; the files are on the disk on return.
+
+    By the steps of DCP's own `save`, which warns where it is told to do without other processes: to silence that in a
+    thread would silence all others'.
+    """
+    writer, planner = tensor_writer(folder, tensors), DefaultSavePlanner()
+    writer.set_up_storage_writer(is_coordinator=True)
+    planner.set_up_planner(dict(tensors), writer.storage_meta(), is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, _ = planner.create_global_plan([plan])
+    (plan,) = writer.prepare_global_plan(plans)
+    writer.write_data(planner.finish_plan(plan), planner).wait()
 
 
 class TensorReader(HuggingFaceStorageReader):

@@ -299,6 +299,7 @@ def test_torchrun_told_to_stop(outcomes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_full_disk_under_two_ranks(
     outcomes: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +314,7 @@ def test_a_full_disk_under_two_ranks(
     arguments = command[command.index("distill") :]
     processes = start_ranks([sys.executable, "-P", __file__, "fill", str(small_disk), *arguments], 2)
     try:
-        output = "".join(process.communicate(timeout=60)[0] for process in processes)
+        output = "".join(process.communicate(timeout=300)[0] for process in processes)
     finally:
         kill(processes)
     assert [process.returncode for process in processes] == [2, 2], output

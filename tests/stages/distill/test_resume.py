@@ -75,6 +75,7 @@ def test_kill_9_at_random_steps_leaves_no_trace(cached: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen processes, one minute where nobody else runs
 def test_two_ranks_resume_to_the_same_bits_and_other_numbers_in_the_same_order(
     cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

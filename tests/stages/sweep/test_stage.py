@@ -212,6 +212,7 @@ def test_dry_run_and_options(prepared: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_two_at_once_over_one_cache_one_of_them_on_ray(prepared: Path) -> None:
     """Each gives what it gives alone; Ray's workers need no teacher either."""

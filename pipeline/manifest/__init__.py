@@ -5,23 +5,20 @@ Nothing here loads torch: everything wrong with a manifest is said before anythi
 
 from ddk_pipe.pipeline.manifest.field_reference import STARTER, reference
 from ddk_pipe.pipeline.manifest.fields import (
-    DEFAULT_DATE,
     DOMAIN_NAME,
     MOST_SEQ_LEN,
     MOST_SHARD_WINDOWS,
     Cache,
-    DatasetSource,
     Distill,
-    Domain,
     Manifest,
     Schedule,
-    Source,
     Student,
     Teacher,
     VllmOptions,
 )
 from ddk_pipe.pipeline.manifest.project import Project, load_project
 from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, SweepSpec, load_sweep
+from ddk_pipe.pipeline.manifest.text import DEFAULT_DATE, DatasetSource, Domain, Source
 from ddk_pipe.pipeline.manifest.training import check_tail, windows_per_domain, windows_per_step
 
 __all__ = [

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from ddk_pipe.pipeline.manifest.fields import DatasetSource, Manifest, Section, section_in
+from ddk_pipe.pipeline.manifest.fields import Manifest
+from ddk_pipe.pipeline.manifest.section import Section, section_in
+from ddk_pipe.pipeline.manifest.text import DatasetSource
 
 STARTER = """\
 # ddk-pipe manifest. Paths are relative to this file. `ddk-pipe schema` lists every field.

@@ -14,7 +14,8 @@ from typing import Any
 import pydantic
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import Manifest, Section, section_in
+from ddk_pipe.pipeline.manifest.fields import Manifest
+from ddk_pipe.pipeline.manifest.section import Section, section_in
 from ddk_pipe.pipeline.manifest.yaml_text import parse_yaml
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 

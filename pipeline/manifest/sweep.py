@@ -38,8 +38,9 @@ import pydantic
 from pydantic import Field
 
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest.fields import DOMAIN_NAME, Section
+from ddk_pipe.pipeline.manifest.fields import DOMAIN_NAME
 from ddk_pipe.pipeline.manifest.project import Project, first_problem, load_project, read_yaml
+from ddk_pipe.pipeline.manifest.section import Section
 from ddk_pipe.pipeline.storage import durable
 
 OURS = {  # fields that a sweep sets itself, and where to say what is wanted

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ddk_pipe.pipeline.manifest import Domain, Manifest, Teacher
-from ddk_pipe.pipeline.manifest.fields import section_in
+from ddk_pipe.pipeline.manifest.section import section_in
 
 
 def test_values_never_change() -> None:

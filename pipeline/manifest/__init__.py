@@ -18,7 +18,7 @@ from ddk_pipe.pipeline.manifest.fields import (
 )
 from ddk_pipe.pipeline.manifest.project import Project, load_project
 from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, SweepSpec, load_sweep
-from ddk_pipe.pipeline.manifest.text import DEFAULT_DATE, DatasetSource, Domain, Source
+from ddk_pipe.pipeline.manifest.text import DEFAULT_DATE, Attention, DatasetSource, Domain, Packing, Source
 from ddk_pipe.pipeline.manifest.training import check_tail, windows_per_domain, windows_per_step
 
 __all__ = [
@@ -27,12 +27,14 @@ __all__ = [
     "MOST_SEQ_LEN",
     "MOST_SHARD_WINDOWS",
     "STARTER",
+    "Attention",
     "Cache",
     "DatasetSource",
     "Dimension",
     "Distill",
     "Domain",
     "Manifest",
+    "Packing",
     "Project",
     "RunSpec",
     "Schedule",

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from ddk_pipe.pipeline.manifest.section import Fraction, Positive, Section
-from ddk_pipe.pipeline.manifest.text import Domain, Prepare
+from ddk_pipe.pipeline.manifest.text import Attention, Domain, Prepare
 
 Temperature = Annotated[float, Field(ge=0.05, le=20)]
 MOST_SEQ_LEN = 1 << 20
@@ -251,6 +251,11 @@ class Manifest(Section):
     teacher: Teacher = Field(description="the model that is run once")
     tokenizer: str | None = Field(None, description="tokenizer folder or id; none: the teacher's")
     seq_len: Annotated[int, Field(ge=8, le=MOST_SEQ_LEN)] = Field(1024, description="tokens per window")
+    attention: Attention = Field(
+        "document",
+        description="what a token sees, as teacher and as student: its own document, whose positions count from 0; or all"
+        " of its window before it, as caches had it before there was a choice",
+    )
     prepare: Prepare = Prepare()
     cache: Cache = Cache()
     student: Student | None = Field(None, description="needed by distill")

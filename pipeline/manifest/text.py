@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -11,6 +11,9 @@ from pydantic import Field
 from ddk_pipe.pipeline.manifest.section import Fraction, Positive, Section
 
 DEFAULT_DATE = "2024-07-26"  # the day that Llama's chat templates write where none is given
+
+Attention = Literal["document", "window"]
+Packing = Literal["stream", "whole"]
 
 
 class DatasetSource(Section):
@@ -41,6 +44,11 @@ class Domain(Section):
     )
     tools_field: str | None = Field(
         "tools", description="the field of a chat's record that holds its tools; null: tools are left out"
+    )
+    packing: Packing | None = Field(
+        None,
+        description="stream: documents one after the other, cut where windows end; whole: those that fit in a window are"
+        " not cut; none: whole for chats (under attention: document), stream for text",
     )
 
     @pydantic.field_validator("train", "validation", mode="before")

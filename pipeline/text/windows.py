@@ -1,11 +1,10 @@
 """Encoded documents -> packed windows per domain and split.
 
-Packing: documents follow one another and are cut into windows of `seq_len` tokens; the last window is filled up with
-EOS, which is no label. Attention runs over whole windows, as in ordinary pre-training: teacher and student see the same
-context, so cached targets stay exact. `loss_mask[t]` says whether token t is a label.
+Documents are laid into windows of `seq_len` tokens (`packing`). `loss_mask[t]` says whether token t is a label.
 
 On disk `tokens/<domain>/<split>/` is a Zarr v3 group: `tokens` [windows, seq_len] u16 (u32 from 65,537 token
-ids up) and `loss_mask` u8 of the same shape, with a record of where they came from in its attributes.
+ids up) and `loss_mask` u8 of the same shape, with a record of where they came from in its attributes. Where documents do
+not see each other (`attention: document`) there is also `starts`, u8 of the same shape: 1 where a document begins.
 """
 
 from __future__ import annotations
@@ -23,14 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.manifest import Attention, Packing
 from ddk_pipe.pipeline.storage import durable, settle_writes
 from ddk_pipe.pipeline.text.encoding import Encoded, Encoder, batches
+from ddk_pipe.pipeline.text.packing import BLOCK_WINDOWS, Rows, Stream, Whole
 from ddk_pipe.pipeline.text.sources import Document
+from ddk_pipe.pipeline.text.starts import Starts
 
 TOKENS_VERSION = 2  # raise when encoding or packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
-BLOCK_WINDOWS = 64  # windows held in memory, and in one Zarr chunk
 
 
 @dataclass
@@ -50,79 +51,88 @@ class SplitFacts:
 
 
 class SplitWriter:
-    """Packs encoded documents of one split into windows, and writes them block by block."""
+    """Packs encoded documents of one split into windows, and writes them block by block.
+
+    `attention`: document (where documents begin is written too) or window. `packing`: stream or whole; none: whole for
+    chats whose documents do not see each other, stream for all else.
+    """
 
     def __init__(
-        self, folder: Path, *, seq_len: int, vocab_size: int, eos: int, max_windows: int | None
+        self,
+        folder: Path,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        eos: int,
+        max_windows: int | None,
+        attention: Attention = "document",
+        packing: Packing | None = None,
     ) -> None:
         import zarr
 
-        self.final, self.seq_len, self.eos = folder, seq_len, eos
+        self.final, self.seq_len = folder, seq_len
         self.max_windows: int | None = max_windows
+        self.attention, self.packing = attention, packing
         self.folder = durable.partial_name(folder)
         durable.make_folder(folder.parent)
         dtype = "u2" if vocab_size <= 1 << 16 else "u4"
         self.group = zarr.open_group(self.folder, mode="w-", zarr_format=3)
+        arrays = {"tokens": dtype, "loss_mask": "u1", **({"starts": "u1"} if self._islands else {})}
         shape, chunks = (0, seq_len), (BLOCK_WINDOWS, seq_len)
-        self.tokens = self.group.create_array("tokens", shape=shape, chunks=chunks, dtype=dtype)
-        self.loss_mask = self.group.create_array("loss_mask", shape=shape, chunks=chunks, dtype="u1")
+        self.arrays = {
+            name: self.group.create_array(name, shape=shape, chunks=chunks, dtype=of)
+            for name, of in arrays.items()
+        }
         self.counts = np.zeros(vocab_size, np.int64)
         self._began = time.monotonic()
         self.facts = SplitFacts()
-        self._hashes = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-        self._ids: list[NDArray[np.int64]] = []
-        self._labels: list[NDArray[np.uint8]] = []
-        self._pending = 0  # tokens not yet in a window
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in arrays}
+        self._stream, self._whole = Stream(seq_len=seq_len, eos=eos), Whole(seq_len=seq_len, eos=eos)
 
     @property
     def full(self) -> bool:
         if self.max_windows is None:
             return False
-        return self.facts.windows * self.seq_len + self._pending >= self.max_windows * self.seq_len
+        pending = self._stream.pending + self._whole.pending
+        return self.facts.windows * self.seq_len + pending >= self.max_windows * self.seq_len
+
+    @property
+    def _islands(self) -> bool:
+        return self.attention == "document"
 
     def add(self, document: Encoded, text_bytes: int) -> None:
-        """Append a document; nothing happens once the split is full."""
+        """Take in a document; nothing happens once the split is full."""
         if self.full:
             return
         self.facts.documents += 1
         self.facts.text_bytes += text_bytes
         self.facts.chats += document.is_chat
-        self._ids.append(document.ids)
-        self._labels.append(document.is_label)
-        self._pending += len(document.ids)
-        if self._pending >= BLOCK_WINDOWS * self.seq_len:
-            self._flush(self._pending // (BLOCK_WINDOWS * self.seq_len) * BLOCK_WINDOWS)
+        packing = self.packing or ("whole" if document.is_chat and self._islands else "stream")
+        self._write((self._whole if packing == "whole" else self._stream).add(document))
 
-    def _flush(self, windows: int) -> None:
-        ids, labels = np.concatenate(self._ids), np.concatenate(self._labels)
-        if self.max_windows is not None:
-            windows = min(windows, self.max_windows - self.facts.windows)
-        cut = windows * self.seq_len
-        self._ids, self._labels, self._pending = [ids[cut:]], [labels[cut:]], len(ids) - cut
-        if not windows:
+    def _write(self, rows: Rows | None) -> None:
+        if rows is None:
             return
-        tokens = ids[:cut].reshape(windows, self.seq_len).astype(self.tokens.dtype)
-        mask = labels[:cut].reshape(windows, self.seq_len)
-        self.tokens.append(tokens)
-        self.loss_mask.append(mask)
-        self._hashes[0].update(tokens.astype("<u4").tobytes())
-        self._hashes[1].update(mask.tobytes())
-        self.counts += np.bincount(ids[:cut], minlength=len(self.counts))
-        self.facts.windows += windows
+        room = len(rows.tokens) if self.max_windows is None else self.max_windows - self.facts.windows
+        tokens, mask = rows.tokens[:room], rows.is_label[:room]
+        if not len(tokens):
+            return
+        content = {"tokens": tokens.astype(self.arrays["tokens"].dtype), "loss_mask": mask}
+        if self._islands:
+            content["starts"] = rows.starts[:room].astype(np.uint8)
+        for name, values in content.items():
+            self.arrays[name].append(values)
+            self._hashes[name].update(values.astype("<u4" if name == "tokens" else "u1").tobytes())
+        self.counts += np.bincount(tokens.ravel(), minlength=len(self.counts))
+        self.facts.windows += len(tokens)
+        self.facts.tokens += int(rows.used[:room].sum())
         self.facts.labels += int(mask[:, 1:].sum())
 
     def finish(self, record: dict[str, Any]) -> SplitFacts:
-        """Fill up the last window, record the facts, and put the split in its place."""
-        if not self.full and self._pending:
-            filling = -self._pending % self.seq_len
-            self._ids.append(np.full(filling, self.eos, np.int64))
-            self._labels.append(np.zeros(filling, np.uint8))
-            self._pending += filling
-            self.facts.tokens -= filling
-        if self._pending:
-            self._flush(self._pending // self.seq_len)
-        self.facts.tokens += self.facts.windows * self.seq_len
-        self.facts.digest = durable.digest(b"".join(part.digest() for part in self._hashes))
+        """Fill up the last windows, record the facts, and put the split in its place."""
+        for packer in (self._stream, self._whole):
+            self._write(packer.rest())
+        self.facts.digest = durable.digest(b"".join(part.digest() for part in self._hashes.values()))
         self.facts.seconds = round(time.monotonic() - self._began, 3)
         counts = self.group.create_array("token_counts", shape=self.counts.shape, dtype="i8")
         counts[:] = self.counts
@@ -147,10 +157,15 @@ class Split:
     token_counts: NDArray[np.int64]
     facts: SplitFacts
     record: dict[str, Any] = field(default_factory=dict)
+    begins: Any | None = None  # zarr array, where documents do not see each other
 
     def window(self, index: int | slice) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Tokens and loss mask of one window [seq_len], or of a slice of windows [n, seq_len]."""
         return np.asarray(self.tokens[index]).astype(np.int64), np.asarray(self.loss_mask[index])
+
+    def starts(self, index: int | slice) -> Starts | None:
+        """Where documents begin in them, of the same shape; None where attention goes over whole windows."""
+        return None if self.begins is None else np.asarray(self.begins[index]).astype(bool)
 
 
 def open_split(folder: Path) -> Split:
@@ -164,6 +179,7 @@ def open_split(folder: Path) -> Split:
         folder=folder,
         tokens=group["tokens"],
         loss_mask=group["loss_mask"],
+        begins=group.get("starts"),
         token_counts=np.asarray(group["token_counts"][:]),
         facts=SplitFacts(**group.attrs["facts"]),
         record=dict(group.attrs["record"]),

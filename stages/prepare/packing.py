@@ -45,9 +45,11 @@ def pack_domain(
         packing.discard()
     seconds = time.monotonic() - began
     for split in SPLITS:
+        windows, tokens = facts[split]["windows"], facts[split]["tokens"]
+        filling = 1 - tokens / (windows * project.manifest.seq_len)
         say(
-            f"prepare {name}/{split}: {facts[split]['documents']:,} documents, {facts[split]['tokens']:,} tokens,"
-            f" {facts[split]['windows']:,} windows"
+            f"prepare {name}/{split}: {facts[split]['documents']:,} documents, {tokens:,} tokens,"
+            f" {windows:,} windows, {filling:.1%} filling"
         )
     tokens = sum(facts[split]["tokens"] for split in SPLITS)
     say(f"prepare {name}: {tokens / max(seconds, 1e-9):,.0f} tokens/s")
@@ -160,4 +162,6 @@ class Packing:
             vocab_size=tokenizer_size(self.encoder.tokenizer),
             eos=self.encoder.eos,
             max_windows=limits.max_train_windows if split == TRAIN else limits.max_validation_windows,
+            attention=self.project.manifest.attention,
+            packing=self.domain.packing,
         )

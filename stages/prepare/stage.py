@@ -28,6 +28,8 @@ CHANGES = {
     "prepare": "settings in prepare",
     "fields": "names of fields",
     "shard_tokens": "the size of a shard",
+    "attention": "attention",
+    "packing": "packing",
 }
 
 
@@ -55,6 +57,7 @@ def _domain(
     record = {
         "version": TOKENS_VERSION,
         **rules,
+        **_layout(project, domain),
         "seq_len": project.manifest.seq_len,
         "prepare": project.manifest.prepare.model_dump(exclude={"chat_template", "date"}),  # in CHAT_RULES
         "fields": [domain.text_field, domain.messages_field, domain.tools_field],
@@ -76,6 +79,12 @@ def _domain(
     return pack_domain(project, name, domain, encoder, record)
 
 
+def _layout(project: Project, domain: Domain) -> dict[str, str]:
+    """How documents lie in windows, as far as it is not what all tokens had before there was a choice."""
+    islands = {"attention": "document"} if project.manifest.attention == "document" else {}
+    return {**islands, **({"packing": domain.packing} if domain.packing else {})}
+
+
 def _known(folder: Path) -> dict[str, Any]:
     """The record both splits were made with, or nothing."""
     try:
@@ -88,4 +97,4 @@ def _known(folder: Path) -> dict[str, Any]:
 def _changed(known: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """What differs between two records, in words."""
     one, other = (content_of(item) if item else {} for item in (known, record))
-    return [CHANGES.get(name, name) for name in record if one.get(name) != other[name]]
+    return [CHANGES.get(name, name) for name in {**record, **known} if one.get(name) != other.get(name)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from ddk_pipe.pipeline.text import Document, Encoder, SplitWriter, encode, label
 
 
 def write(
-    folder: Path, documents: list[Document], encoder: Encoder, *, seq_len: int = 8, most: int | None = None
+    folder: Path,
+    documents: list[Document],
+    encoder: Encoder,
+    *,
+    seq_len: int = 8,
+    most: int | None = None,
+    **options: Any,
 ) -> Any:
-    writer = SplitWriter(folder, seq_len=seq_len, vocab_size=400, eos=encoder.eos, max_windows=most)
+    writer = SplitWriter(
+        folder, seq_len=seq_len, vocab_size=400, eos=encoder.eos, max_windows=most, **options
+    )
     for batch in encode(documents, encoder):
         for piece in batch:
             writer.add(piece.encoded, piece.text_bytes)
@@ -62,7 +71,7 @@ def test_blocks_do_not_change_the_result(
 ) -> None:
     documents = [Document(str(i), f"some words {i} " * (i % 7 + 1)) for i in range(50)]
     one = write(tmp_path / "a", documents, encoder)
-    monkeypatch.setattr("ddk_pipe.pipeline.text.windows.BLOCK_WINDOWS", 3)
+    monkeypatch.setattr("ddk_pipe.pipeline.text.packing.BLOCK_WINDOWS", 3)
     other = write(tmp_path / "b", documents, encoder)
     assert one.facts.digest == other.facts.digest and one.facts.windows > 64
     assert np.array_equal(one.window(slice(None))[0], other.window(slice(None))[0])
@@ -72,3 +81,50 @@ def test_labels_look_one_ahead() -> None:
     tokens = np.array([[5, 6, 7, 8]])
     mask = np.array([[0, 1, 0, 1]], np.uint8)
     assert labels_of(tokens, mask, no_label=-100).tolist() == [[6, -100, 8, -100]]
+
+
+def digest_before_there_was_a_choice(tokens: Any, mask: Any) -> str:
+    """As splits had it from the start: of the digests of both arrays."""
+    parts = (
+        hashlib.blake2b(each, digest_size=16) for each in (tokens.astype("<u4").tobytes(), mask.tobytes())
+    )
+    return hashlib.blake2b(b"".join(part.digest() for part in parts), digest_size=16).hexdigest()
+
+
+def test_where_documents_begin_is_recorded_and_part_of_the_digest(encoder: Encoder, tmp_path: Path) -> None:
+    documents = [Document(str(i), f"some words {i} " * (i % 7 + 1)) for i in range(20)]
+    islands = write(tmp_path / "a", documents, encoder, attention="document")
+    windows = write(tmp_path / "b", documents, encoder, attention="window")
+    (tokens, mask), starts = islands.window(slice(None)), islands.starts(slice(None))
+    assert all(
+        np.array_equal(one, other)
+        for one, other in zip((tokens, mask), windows.window(slice(None)), strict=True)
+    )
+    lengths = [len(encoded.ids) for encoded in encoder.encode(documents)]
+    begins = {0, *np.cumsum(lengths).tolist(), *range(0, tokens.size, tokens.shape[1])} - {tokens.size}
+    assert np.flatnonzero(starts).tolist() == sorted(begins)
+    assert not mask[:, 1:][starts[:, 1:]].any(), "no document predicts another one's first token"
+    assert np.array_equal(islands.starts(3), starts[3])
+    assert windows.starts(0) is None and not (windows.folder / "starts").exists()
+    assert windows.facts.digest == digest_before_there_was_a_choice(tokens, mask)
+    assert islands.facts.digest != windows.facts.digest
+
+
+def test_chats_are_kept_whole_and_text_is_a_stream_unless_it_is_said(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "how deep?"}, {"role": "assistant", "content": "ten metres"}]
+    chats = [Document(f"c{i}", messages=chat) for i in range(9)]
+    texts = [Document(f"t{i}", "how deep? " * 3) for i in range(9)]
+
+    def whole(documents: list[Document], **options: Any) -> bool:
+        """True if each of them has a window of its own, of which it leaves a little less than half."""
+        (length,) = {len(encoded.ids) for encoded in encoder.encode(documents)}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        facts = write(folder, documents, encoder, seq_len=2 * length - 1, **options).facts
+        assert facts.tokens == 9 * length
+        return bool(facts.windows == 9)
+
+    assert whole(chats) and not whole(texts)
+    assert whole(texts, packing="whole") and not whole(chats, packing="stream")
+    assert not whole(chats, attention="window") and whole(chats, attention="window", packing="whole")

@@ -67,6 +67,40 @@ def test_another_template_makes_chats_again_and_text_not(
     assert all(line.endswith("already done") for line in said(path, capsys).values())
 
 
+def test_another_attention_or_packing_makes_all_again_and_neither_is_part_of_older_records(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(*settings: str) -> dict[str, Any]:
+        return prepare(load_project(path, list(settings)))["code"]["train"].record
+
+    assert record()["attention"] == "document"
+    window = record("attention=window")
+    older = {
+        "version",
+        "tokenizer_digest",
+        "text_rules",
+        "seq_len",
+        "prepare",
+        "fields",
+        "shard_tokens",
+        "sources",
+    }
+    assert set(window) == older, "tokens from before there was a choice are those of attention: window"
+    lines = said(path, capsys, "attention=window")
+    assert all(line.endswith("already done") for line in lines.values())
+    assert said(path, capsys)["code"].endswith("changed: attention")
+    assert said(path, capsys, "domains.code.packing=whole")["code"].endswith("changed: packing")
+    assert said(path, capsys)["code"].endswith("changed: packing")
+
+
+def test_filling_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = prepare(load_project(path))["plays"]
+    text = capsys.readouterr()
+    facts = splits["train"].facts
+    share = 1 - facts.tokens / (32 * facts.windows)
+    assert f"{facts.windows:,} windows, {share:.1%} filling" in " ".join((text.out + text.err).split())
+
+
 def test_another_normalizer_makes_all_again(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(load_project(path))
     file = path.parent / "teacher" / "tokenizer.json"

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ddk_pipe.pipeline.cache.reader import CacheReader
+from ddk_pipe.pipeline.cache.windows import CachedWindow
 from ddk_pipe.pipeline.mixing import DomainSampler, FloatArray, check_weights
+from ddk_pipe.pipeline.models import positions_from
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL, SparseTargets, stack
 from ddk_pipe.pipeline.text import TRAIN
@@ -33,6 +35,8 @@ class Example(TypedDict):
     """One window. `labels` are aligned with the logits: position t is to predict `labels[t]`, which is token t+1."""
 
     input_ids: Tensor  # int64 [seq_len]
+    # int64 [seq_len]: give them to the model, so that documents do not see each other where the teacher's did not
+    position_ids: Tensor
     labels: Tensor  # int64 [seq_len], -100 where there is none
     targets: SparseTargets  # of seq_len positions
     teacher_logprobs: Tensor  # float32 [seq_len], nats, of the label; NaN where there is none
@@ -43,6 +47,7 @@ class Batch(TypedDict):
     """Windows together: [windows, seq_len], and the targets of windows * seq_len positions in that order."""
 
     input_ids: Tensor
+    position_ids: Tensor
     labels: Tensor
     targets: SparseTargets
     teacher_logprobs: Tensor
@@ -81,6 +86,7 @@ class CachedWindows(Dataset[Example]):
         read = self._reader.read(self.domains[domain], self.split, window)
         return {
             "input_ids": torch.from_numpy(read.tokens),
+            "position_ids": torch.from_numpy(_positions(read)),
             "labels": torch.from_numpy(read.labels),
             "targets": read.targets,
             "teacher_logprobs": torch.from_numpy(read.label_logprobs),
@@ -159,10 +165,16 @@ class DomainBatches(Sampler[list[int]]):
         self.weights = np.array(state["weights"])
 
 
+def _positions(window: CachedWindow) -> NDArray[np.int64]:
+    """Of each token in its document, or in the window."""
+    return np.arange(len(window.tokens)) if window.starts is None else positions_from(window.starts)
+
+
 def collate(examples: list[Example]) -> Batch:
     """Windows as one batch; for DataLoader's `collate_fn`."""
     return {
         "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "position_ids": torch.stack([example["position_ids"] for example in examples]),
         "labels": torch.stack([example["labels"] for example in examples]),
         "targets": stack([example["targets"] for example in examples]),
         "teacher_logprobs": torch.stack([example["teacher_logprobs"] for example in examples]),

@@ -25,8 +25,19 @@ def planned(folder: Folder, spec: CacheSpec) -> CacheSpec:
     return merged(folder, read_spec(folder), spec) if folder.exists("cache.json") else spec
 
 
+def require_attention(folder: Folder, known: CacheSpec, wanted: str) -> None:
+    """Raises DdkError for a cache of another attention than the manifest's."""
+    if known.attention != wanted:
+        raise DdkError(
+            f"{folder.name}: made with attention: {known.attention}, and the manifest says {wanted} (the default is"
+            " document)",
+            hint=f"set attention: {known.attention}, or cache.path to a new folder",
+        )
+
+
 def merged(folder: Folder, known: CacheSpec, wanted: CacheSpec) -> CacheSpec:
     """The known cache with the wanted domains; raises DdkError where the two disagree."""
+    require_attention(folder, known, wanted.attention)
     if known.schema_version != wanted.schema_version:
         raise DdkError(
             f"{folder.name}: of schema version {known.schema_version}, which is read but not added to; new caches have"

@@ -12,6 +12,7 @@ from ddk_pipe.pipeline.cache.ranks import Codecs
 from ddk_pipe.pipeline.cache.shards import Shard
 from ddk_pipe.pipeline.cache.spec import CacheSpec
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import Starts, check_starts
 from ddk_pipe.pipeline.targets import (
     MOST_ENTRIES,
     MOST_PADDED,
@@ -34,9 +35,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def input_arrays(spec: CacheSpec) -> dict[str, Expected]:
     """The arrays of a shard that do not depend on a temperature."""
     tokens, labels = spec.seq_len, STAMP_WORDS + spec.seq_len
+    starts = {"starts": Expected(np.dtype("u1"), tokens, tokens)} if spec.attention == "document" else {}
     return {
         "tokens": Expected(token_dtype(spec.vocab_size), tokens, tokens),
         "labels": Expected(np.dtype("u2"), labels, labels),
+        **starts,
     }
 
 
@@ -53,6 +56,7 @@ def content(
     tokens: NDArray[np.int64],
     loss_mask: NDArray[np.uint8],
     selected: list[Selected],
+    starts: Starts | None,
 ) -> tuple[dict[str, dict[str, Any]], Arrays]:
     """Attributes of the shard's groups, and its arrays [windows, width].
 
@@ -64,6 +68,7 @@ def content(
     arrays: Arrays = {
         "tokens": tokens.astype(token_dtype(spec.vocab_size)),
         "labels": _labels(shard, spec, labels, selected),
+        **_starts(shard, spec, starts, labels),
     }
     contexts = [
         Context(labels[row], codes, shard.key(shard.first_window + row))
@@ -80,6 +85,17 @@ def content(
         for name, dtype in codec.planes.items():
             arrays[f"t{slot}/{name}"] = _rectangle([window[name] for window in planes], dtype)
     return attributes, arrays
+
+
+def _starts(shard: Shard, spec: CacheSpec, starts: Starts | None, labels: NDArray[np.int64]) -> Arrays:
+    """Where documents begin, u8 [windows, seq_len]; nothing where attention goes over whole windows."""
+    if (starts is None) != (spec.attention == "window"):
+        raise ValueError(f"{shard.name}: starts of documents, or none, and attention: {spec.attention}")
+    if starts is None:
+        return {}
+    for row, marked in zip(starts, labels, strict=True):
+        check_starts(row, marked, no_label=NO_LABEL)
+    return {"starts": starts.astype(np.uint8)}
 
 
 def _check_sizes(shard: Shard, targets: list[SparseTargets]) -> None:

@@ -57,7 +57,7 @@ class ShardRecord(Strict):
     entries: Count
     label_nats: float  # minus the sum of the labels' log-probabilities
     target_bytes: Count
-    input_bytes: Count  # tokens
+    input_bytes: Count  # tokens, and where documents begin
     teacher: dict[str, Any] = Field(default_factory=dict)  # what predicted it
     seconds: float = 0.0
 
@@ -138,6 +138,11 @@ def committed(folder: Folder, spec: CacheSpec) -> Iterator[tuple[Shard, ShardRec
         record = None if shard in missing else read_record(folder, shard, spec)
         if record is not None:
             yield shard, record
+
+
+def is_input(name: str) -> bool:
+    """True of a file in a shard's group that says what the teacher saw, and nothing of what it said."""
+    return name.startswith(("tokens/", "starts/"))
 
 
 def group_of(shard: Shard, record: ShardRecord) -> str:

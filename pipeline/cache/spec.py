@@ -6,6 +6,7 @@
         tokens        u16 or u32 [windows, seq_len]
         labels        u16 [windows, 4 + seq_len]  window number (4 words, low first), label log-probability codes;
                                                   code 65535 at t: token t+1 is no label
+        starts        u8 [windows, seq_len]       1 where a document begins (attention: document; else not there)
         t<i>/<plane>  [windows, widest]           the codec's planes of the i-th temperature, rows filled up with zeros
     <domain>/<split>/<shard>.json                 the commit record: names the group; digest of every file, checksum of
                                                   every window, statistics, fingerprint
@@ -34,10 +35,10 @@ from ddk_pipe.pipeline.targets import LEVELS, LOG_STEPS, Plan
 from ddk_pipe.pipeline.text import SPLITS
 
 SCHEMA_VERSION = 3
-READABLE = (
-    2,
-    SCHEMA_VERSION,
-)  # 2 had no codes of the rest in the rows of likely labels, and label codes to the nearest
+# 4 is 3 with documents that do not see each other, which a reader of 3 must not take for whole windows
+SCHEMA_VERSIONS = {"window": SCHEMA_VERSION, "document": 4}
+# 2 had no codes of the rest in the rows of likely labels, and label codes to the nearest
+READABLE = (2, *SCHEMA_VERSIONS.values())
 QUANTISER = f"{LEVELS} cells uniform in p^(1/4); log codes of 1/{LOG_STEPS} nat"
 MOST_SHARDS = 1 << 20  # of a cache
 MOST_SHARD_WINDOWS = manifest.MOST_SHARD_WINDOWS
@@ -55,7 +56,12 @@ class CacheSpec:
     plan: Plan
     domains: dict[str, dict[str, SplitSize]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # for people: the model's name, versions
+    attention: manifest.Attention = "window"
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if (self.attention == "document") != (self.schema_version == SCHEMA_VERSIONS["document"]):
+            raise ValueError(f"schema version {self.schema_version} of attention: {self.attention}")
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what a shard holds, without the list of domains (which may grow)."""
@@ -67,6 +73,9 @@ class CacheSpec:
             "seq_len": self.seq_len,
             "selection": self.plan.settings(),
             "quantiser": QUANTISER,
+            **(
+                {"attention": self.attention} if self.attention != "window" else {}
+            ),  # none: as in older caches
         }
 
     @property
@@ -105,6 +114,7 @@ class _SpecFile(Strict):
     domains: dict[DomainName, dict[str, _SplitFile]]
     about: dict[str, Any]
     fingerprint: Text
+    attention: manifest.Attention = "window"
     seal: Text  # the fingerprint leaves out the domains: a flipped bit of a size would hide windows
 
     def spec(self) -> CacheSpec:
@@ -124,6 +134,7 @@ class _SpecFile(Strict):
                 for name, splits in self.domains.items()
             },
             about=self.about,
+            attention=self.attention,
             schema_version=self.schema_version,
         )
         if count_shards(spec) > MOST_SHARDS:
@@ -143,7 +154,7 @@ def read_spec(folder: Folder) -> CacheSpec:
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, bool) or version not in READABLE:
         raise DdkError(
-            f"{path}: schema version {str(version)[:20]}, this program reads {' and '.join(map(str, READABLE))}",
+            f"{path}: schema version {str(version)[:20]}, this program reads {READABLE[0]} to {READABLE[-1]}",
             hint="use the ddk-pipe that wrote it, or make the cache again",
         )
     try:

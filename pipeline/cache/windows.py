@@ -28,6 +28,7 @@ from ddk_pipe.pipeline.cache.record import (
 from ddk_pipe.pipeline.cache.shards import Shard
 from ddk_pipe.pipeline.cache.spec import CacheSpec
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import Starts, check_starts
 from ddk_pipe.pipeline.storage import Folder, durable
 from ddk_pipe.pipeline.targets import (
     NO_LABEL,
@@ -45,12 +46,14 @@ MOST_METADATA_BYTES = 1 << 16  # of a zarr.json
 @dataclass(frozen=True)
 class CachedWindow:
     """One window as a student needs it: tokens, labels int64 [seq_len] (-100: none), label_logprobs float32
-    [seq_len] in nats (NaN without a label), targets of seq_len positions at one temperature."""
+    [seq_len] in nats (NaN without a label), targets of seq_len positions at one temperature; starts bool [seq_len]:
+    true where a document begins (none: attention goes over the whole window)."""
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     label_logprobs: NDArray[np.float32]
     targets: SparseTargets
+    starts: Starts | None = None
 
 
 class ShardWindows:
@@ -98,6 +101,7 @@ class ShardWindows:
             labels=labels,
             label_logprobs=decode_log(codes, none=np.nan),
             targets=self._targets(arrays, Context(labels, codes, self.shard.key(window))),
+            starts=_starts(arrays, labels),
         )
 
     def _targets(self, arrays: Arrays, context: Context) -> SparseTargets:
@@ -109,6 +113,16 @@ class ShardWindows:
         if targets.positions != self._spec.seq_len:
             raise ValueError(f"targets of {targets.positions} positions")
         return targets
+
+
+def _starts(arrays: Arrays, labels: NDArray[np.int64]) -> Starts | None:
+    if "starts" not in arrays:
+        return None
+    if int(arrays["starts"].max()) > 1:
+        raise ValueError("starts that are neither 0 nor 1")
+    starts = arrays["starts"].astype(bool)
+    check_starts(starts, labels, no_label=NO_LABEL)
+    return starts
 
 
 def _labels(tokens: NDArray[np.int64], codes: NDArray[np.uint16]) -> NDArray[np.int64]:

@@ -22,13 +22,14 @@ from ddk_pipe.pipeline.cache.damage import repair
 from ddk_pipe.pipeline.cache.joining import check_shards, merged
 from ddk_pipe.pipeline.cache.layout import content
 from ddk_pipe.pipeline.cache.ranks import Codecs, ranks_bytes, ranks_name
-from ddk_pipe.pipeline.cache.record import GROUP, FileFacts, ShardRecord, checks_text, read_record
+from ddk_pipe.pipeline.cache.record import GROUP, FileFacts, ShardRecord, checks_text, is_input, read_record
 from ddk_pipe.pipeline.cache.shards import Shard, uncommitted
 from ddk_pipe.pipeline.cache.soundness import measure
 from ddk_pipe.pipeline.cache.spec import CacheSpec, all_shards, read_spec
 from ddk_pipe.pipeline.cache.strict_json import MOST_JSON_BYTES
 from ddk_pipe.pipeline.cache.windows import ShardWindows
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.pipeline.targets import Ranks, Selected
 
@@ -83,8 +84,10 @@ class CacheWriter:
         loss_mask: NDArray[np.uint8],
         selected: list[Selected],
         facts: dict[str, Any],
+        starts: Starts | None = None,
     ) -> ShardRecord:
-        """Write and commit one shard; returns its commit record. tokens, loss_mask [windows, seq_len].
+        """Write and commit one shard; returns its commit record. tokens, loss_mask [windows, seq_len], and under
+        `attention: document` starts of the same shape.
 
         Where somebody else commits the shard first, nothing of ours remains and theirs is returned. `facts` (teacher,
         seconds, ...) go into the record. Raises ValueError for targets or labels that contradict each other.
@@ -92,7 +95,7 @@ class CacheWriter:
         scratch = self.folder.scratch()
         try:
             group = f"{shard.number:05d}.{secrets.token_hex(4)}.zarr"
-            attributes, arrays = content(shard, self.spec, self._codecs, tokens, loss_mask, selected)
+            attributes, arrays = content(shard, self.spec, self._codecs, tokens, loss_mask, selected, starts)
             write_group(scratch / group, attributes, arrays)
             record = self._record(shard, scratch, group, facts)
             return self._publish(shard, scratch / group, record)
@@ -117,7 +120,7 @@ class CacheWriter:
         places = {
             name: checks_text(values) for slot in slots for name, values in slot.arrays.places().items()
         }
-        input_bytes = sum(size for name, size in sizes.items() if name.startswith("tokens/"))
+        input_bytes = sum(size for name, size in sizes.items() if is_input(name))
         return ShardRecord.model_validate(
             {
                 **facts,

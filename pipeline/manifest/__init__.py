@@ -16,7 +16,7 @@ from ddk_pipe.pipeline.manifest.fields import (
     Teacher,
     VllmOptions,
 )
-from ddk_pipe.pipeline.manifest.project import Project, load_project
+from ddk_pipe.pipeline.manifest.project import Project, load_project, recorded_manifest
 from ddk_pipe.pipeline.manifest.sweep import Dimension, RunSpec, Search, Sweep, SweepSpec, load_sweep
 from ddk_pipe.pipeline.manifest.text import DEFAULT_DATE, Attention, DatasetSource, Domain, Packing, Source
 from ddk_pipe.pipeline.manifest.training import check_tail, windows_per_domain, windows_per_step
@@ -48,6 +48,7 @@ __all__ = [
     "check_tail",
     "load_project",
     "load_sweep",
+    "recorded_manifest",
     "reference",
     "windows_per_domain",
     "windows_per_step",

@@ -94,6 +94,14 @@ def load_project(path: Path, overrides: list[str] | None = None) -> Project:
     return Project(manifest, path.parent)
 
 
+def recorded_manifest(values: dict[str, Any]) -> Manifest:
+    """A manifest as the record of a run holds it; one from before there was `attention` was of windows.
+
+    Raises ValueError for one of another version.
+    """
+    return Manifest.model_validate({"attention": "window", **values})
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises DdkError, naming the line, if there is none, or a key is there twice."""
     try:

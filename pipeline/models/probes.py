@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.models.configs import text_config
+from ddk_pipe.pipeline.models.documents import Documents, hidden_states, takes_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +82,35 @@ def check_causal(model: Any, *, field: str) -> None:
             f"{field}: {type(model).__name__} sees the tokens to come: another last token moves earlier predictions",
             hint="use a decoder (for BERT and its like set is_decoder: true in config.json)",
         )
+
+
+def keeps_documents_apart(model: Any) -> bool:
+    """True if documents in one row, told by position ids, do not see each other: another first document does not move
+    the second one's hidden states, and they are those of that document by itself.
+
+    Recurrent layers carry the first document on; older code knows nothing of documents in a row; chunks of attention
+    that are counted from the row's beginning cut the second one elsewhere.
+    """
+    import numpy as np
+    import torch
+
+    decoder = decoder_of(model)
+    if not takes_positions(decoder) or getattr(text_config(model.config), "attention_chunk_size", None):
+        return False
+    half = PROBE_TOKENS // 2
+    documents = Documents.of(np.arange(PROBE_TOKENS)[None] % half == 0)
+    with _measuring(model):
+        tokens = _probe(model)
+        other = tokens.clone()
+        other[:, :half] = (tokens[:, :half] + 1) % len(model.get_input_embeddings().weight)
+        assert documents is not None
+        documents = documents.to(tokens.device)
+        one, two = (hidden_states(decoder, each, documents)[0, half:] for each in (tokens, other))
+        alone = hidden_states(decoder, tokens[:, half:])[0]
+        eps, largest = torch.finfo(one.dtype).eps, float(alone.abs().max())
+        leak, apart = (float((one.float() - each.float()).abs().max()) for each in (two, alone))
+    # rows of one shape differ by no more than rounding; of another, by what a model makes of that
+    return leak <= ROUNDINGS * eps * largest and apart <= max(PROBE_TOLERANCE, 4 * ROUNDINGS * eps) * largest
 
 
 def _probe(model: Any) -> Tensor:

@@ -20,7 +20,6 @@ from ddk_pipe.pipeline.text.sources import (
     kind_by_name,
     resolve_sources,
 )
-from ddk_pipe.pipeline.text.starts import Starts, check_starts, documents_from, positions_from, spans_from
 from ddk_pipe.pipeline.text.vocabulary import predicted_ids
 from ddk_pipe.pipeline.text.windows import (
     SPLITS,
@@ -48,22 +47,17 @@ __all__ = [
     "Split",
     "SplitFacts",
     "SplitWriter",
-    "Starts",
     "chat_rules",
-    "check_starts",
     "dataset_commit",
     "documents",
-    "documents_from",
     "encode",
     "find_files",
     "kind_by_name",
     "labels_of",
     "open_split",
-    "positions_from",
     "predicted_ids",
     "project_tokenizer",
     "resolve_sources",
-    "spans_from",
     "text_rules",
     "tokenizer_digest",
     "tokenizer_size",

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Attention, Packing
+from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.storage import durable, settle_writes
 from ddk_pipe.pipeline.text.encoding import Encoded, Encoder, batches
 from ddk_pipe.pipeline.text.packing import BLOCK_WINDOWS, Rows, Stream, Whole
 from ddk_pipe.pipeline.text.sources import Document
-from ddk_pipe.pipeline.text.starts import Starts
 
 TOKENS_VERSION = 2  # raise when encoding or packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ddk_pipe.pipeline.cache import CacheSpec, CacheWriter, Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.targets import NO_LABEL, Selected
 from ddk_pipe.pipeline.text import TRAIN, Split, labels_of, open_split
 from ddk_pipe.stages.cache_teacher.sample import fit_ranks
@@ -62,6 +63,7 @@ class ShardReport:
 class _Predicted:
     tokens: NDArray[np.int64]  # [windows, seq_len]
     loss_mask: NDArray[np.uint8]  # the same
+    starts: Starts | None  # the same
     selected: list[Selected]  # by window
     seconds: float
     waited: float
@@ -108,7 +110,9 @@ class ShardMaker:
             return ShardReport(shard, 0, 0, 0, 0.0, 0.0)
         predicted = self._thread.submit(self._predict, shard).result()
         facts = {"teacher": self.teacher.describe(), "seconds": round(predicted.seconds, 3)}
-        record = self.writer.write(shard, predicted.tokens, predicted.loss_mask, predicted.selected, facts)
+        record = self.writer.write(
+            shard, predicted.tokens, predicted.loss_mask, predicted.selected, facts, predicted.starts
+        )
         return ShardReport(
             shard,
             predicted.tokens.size,
@@ -133,12 +137,17 @@ class ShardMaker:
         began = time.monotonic()
         waited = began - (self._idle_since or began)
         self._need_ranks(shard.domain)
-        tokens, loss_mask = self._split(shard.domain, shard.split).window(
-            slice(shard.first_window, shard.first_window + shard.windows)
-        )
+        split = self._split(shard.domain, shard.split)
+        rows = slice(shard.first_window, shard.first_window + shard.windows)
+        (tokens, loss_mask), starts = split.window(rows), split.starts(rows)
         labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
         windows = [
-            Window(shard.key(shard.first_window + row), tokens[row], labels[row])
+            Window(
+                shard.key(shard.first_window + row),
+                tokens[row],
+                labels[row],
+                None if starts is None else starts[row],
+            )
             for row in range(shard.windows)
         ]
         selected: list[Selected] = []
@@ -148,7 +157,7 @@ class ShardMaker:
             selected += self.teacher.select(batch, self.spec.plan)
             self._advance(len(batch) * self.spec.seq_len, shard.name)
         self._idle_since = time.monotonic()
-        return _Predicted(tokens, loss_mask, selected, self._idle_since - began, waited)
+        return _Predicted(tokens, loss_mask, starts, selected, self._idle_since - began, waited)
 
     def _need_ranks(self, domain: str) -> None:
         if self.writer.has_ranks(domain):

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 import ddk_pipe
-from ddk_pipe.pipeline.cache import CacheSpec, Shard, split_size
+from ddk_pipe.pipeline.cache import (
+    SCHEMA_VERSIONS,
+    CacheSpec,
+    Shard,
+    read_spec,
+    require_attention,
+    split_size,
+)
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import (
@@ -52,6 +59,8 @@ def plan_job(project: Project) -> Job:
     config = read_config(folder, field="teacher.model", trust_remote_code=options.trust_remote_code)
     check_length(config, project.manifest.seq_len, field="teacher.model")
     check_plan(project, plan, backend)
+    if project.cache.exists("cache.json"):  # before `prepare` makes tokens again in the place of that cache's
+        require_attention(project.cache, read_spec(project.cache), project.manifest.attention)
     splits = prepare(project)
     head_size = int(text_config(config).vocab_size)
     spec = make_spec(project, splits, plan, folder, head_size)
@@ -96,6 +105,8 @@ def make_spec(
         vocab_size=predicted_ids(splits, tokenizer, head_size),
         seq_len=project.manifest.seq_len,
         plan=plan,
+        attention=project.manifest.attention,
+        schema_version=SCHEMA_VERSIONS[project.manifest.attention],
         domains={
             name: {split: split_size(opened, shard_windows) for split, opened in domain.items()}
             for name, domain in splits.items()

@@ -21,7 +21,7 @@ def sample_windows(name: str, split: Split, count: int) -> list[Window]:
     for number in numbers.tolist():
         tokens, loss_mask = split.window(slice(number, number + 1))
         labels = labels_of(tokens, loss_mask, no_label=NO_LABEL)
-        windows.append(Window(f"sample/{name}/{number}", tokens[0], labels[0]))
+        windows.append(Window(f"sample/{name}/{number}", tokens[0], labels[0], split.starts(number)))
     return windows
 
 

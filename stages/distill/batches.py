@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddk_pipe.pipeline.cache import CachedWindow
 from ddk_pipe.pipeline.losses import DenseTargets, Direction, LabelledRows, labelled_rows
+from ddk_pipe.pipeline.models import Documents, stack_starts
 from ddk_pipe.pipeline.targets import stack
 from ddk_pipe.stages.distill.students import DistillStudent
 
@@ -29,6 +30,7 @@ class Batch:
     rows     the labelled positions with their sparse targets
     entropy  of those targets, nats, summed over the rows; NaN where there are none. KL plus this is the cross-entropy
              to the targets
+    documents  where they lie in the windows; None where each window is seen whole
     dense    the whole distribution of a teacher in memory, in place of the rows' targets
     """
 
@@ -36,6 +38,7 @@ class Batch:
     labels: Tensor
     rows: LabelledRows
     entropy: float
+    documents: Documents | None = None
     dense: DenseTargets | None = None
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
@@ -45,6 +48,7 @@ class Batch:
             tokens=self.tokens.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             rows=self.rows.to(device, non_blocking=non_blocking),
+            documents=self.documents and self.documents.to(device, non_blocking=non_blocking),
         )
 
     def pinned(self) -> Batch:
@@ -54,11 +58,14 @@ class Batch:
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),
             rows=self.rows.pin_memory(),
+            documents=self.documents and self.documents.pin_memory(),
         )
 
     def tensors(self) -> list[Tensor]:
         """All that lies on the device."""
         of_rows: list[Any] = [getattr(self.rows, field.name) for field in fields(self.rows)]
+        if self.documents is not None:
+            of_rows += [self.documents.positions, self.documents.numbers]
         return [self.tokens, self.labels, *(value for value in of_rows if isinstance(value, Tensor))]
 
 
@@ -105,7 +112,8 @@ class BatchMaker:
             dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
         )
         tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
-        batch = Batch(tokens, labels, rows, float(rows.entropy()) if self.sparse else math.nan)
+        documents = Documents.of(stack_starts([window.starts for window in windows], tokens.shape[1]))
+        batch = Batch(tokens, labels, rows, float(rows.entropy()) if self.sparse else math.nan, documents)
         return batch.pinned() if self.pin else batch
 
 

@@ -21,6 +21,7 @@ from ddk_pipe.stages.distill.step import Stepper
 from ddk_pipe.stages.distill.students import (
     DistillStudent,
     build_student,
+    needs_rows_apart,
     origin,
     prove_saved,
     shared_tokenizer,
@@ -49,6 +50,7 @@ class Parts:
         self.sizes = self.source.sizes
         self.rule = mixing_rule(self.options, self.domains, self.sizes)
         self.tokenizer = shared_tokenizer(project, self.source.tokenizer_digest)
+        self.apart = False  # documents in rows of their own
         self.wrapped = self._wrapped()
         self.student = self.wrapped.student
         self.optimizer = make_optimizer(self.student, self.options)
@@ -101,7 +103,10 @@ class Parts:
         return wrapped
 
     def _built(self) -> Any:
-        return build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+        lm = build_student(self.project, vocab_size=self.source.vocab_size, seed=self.options.seed)
+        sharded = self.world.distributed and self.options.parallel == "fsdp"
+        self.apart = needs_rows_apart(lm, self.project.manifest, sharded=sharded)
+        return lm
 
     def _built_and_proven(self) -> Any:
         lm = self._built()
@@ -110,7 +115,7 @@ class Parts:
         return lm
 
     def _student(self, lm: Any) -> DistillStudent:
-        student = DistillStudent(lm)
+        student = DistillStudent(lm, apart=self.apart)
         if self.options.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.options.compile:

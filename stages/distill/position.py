@@ -58,12 +58,14 @@ class Position:
 def settings_in(project: Project) -> dict[str, Any]:
     """What must not change in a manifest between start and resume, as JSON has it."""
     manifest = project.manifest
-    settings = {
+    settings: dict[str, Any] = {
         "distill": manifest.distill.model_dump(exclude=FREE),
         "student": manifest.student.model_dump() if manifest.student else None,
         "domains": sorted(manifest.domains),
         "seq_len": manifest.seq_len,
     }
+    if manifest.attention != "window":  # else none: as runs had it before there was a choice
+        settings["attention"] = manifest.attention
     return dict(json.loads(durable.to_json(settings)))
 
 

@@ -10,11 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache import CachedWindow, CacheReader
+from ddk_pipe.pipeline.cache import CachedWindow, CacheReader, require_attention
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.losses import DenseTargets
 from ddk_pipe.pipeline.manifest import Project, check_tail
-from ddk_pipe.pipeline.models import check_length, load_tokenizer, model_folder, read_config, text_config
+from ddk_pipe.pipeline.models import (
+    Starts,
+    check_length,
+    load_tokenizer,
+    model_folder,
+    read_config,
+    text_config,
+)
 from ddk_pipe.pipeline.storage import is_url
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, SparseTargets
 from ddk_pipe.pipeline.text import (
@@ -71,6 +78,7 @@ class CacheSource:
                 f"seq_len {project.manifest.seq_len}, the cache at {project.cache} has {spec.seq_len}",
                 hint="use the cache's seq_len, or set cache.path to a new folder",
             )
+        require_attention(self.reader.folder, spec, project.manifest.attention)
         self.reader.require_complete(self.domains)
         self.sizes, self.validation_sizes = (
             [self.reader.size(domain, split).windows for domain in self.domains]
@@ -148,7 +156,7 @@ class OnlineSource:
         bare = _bare(self.splits[name, VALIDATION], number)
         plan = Plan("topk", 0.5, min(ONLINE_VALIDATION_K, self.vocab_size), 1, 1, (self.temperature,), 0)
         (chosen,) = self.teacher.select(
-            [Window(f"{name}/{VALIDATION}/{number}", bare.tokens, bare.labels)], plan
+            [Window(f"{name}/{VALIDATION}/{number}", bare.tokens, bare.labels, bare.starts)], plan
         )
         return replace(bare, label_logprobs=chosen.label_logprobs.numpy(), targets=chosen.targets[0])
 
@@ -156,14 +164,14 @@ class OnlineSource:
         head = self.teacher.head
         service = replace(self.teacher.service, batch="distill.micro_batch_windows")
         with torch.no_grad(), service.one_line("cannot serve"):
-            states = head.states(self.teacher.to_model(batch.tokens))
+            states = head.states(self.teacher.to_model(batch.tokens), batch.documents)
         states = states.flatten(0, 1).to(batch.tokens.device)
         return replace(batch, dense=DenseTargets(states, head.logits, head.vocab_size))
 
 
 def _bare(split: Split, index: int) -> CachedWindow:
     tokens, mask = split.window(index)
-    return _without_targets(tokens, labels_of(tokens, mask, no_label=NO_LABEL))
+    return _without_targets(tokens, labels_of(tokens, mask, no_label=NO_LABEL), split.starts(index))
 
 
 def silent_window(seq_len: int) -> CachedWindow:
@@ -171,14 +179,16 @@ def silent_window(seq_len: int) -> CachedWindow:
     return _without_targets(np.zeros(seq_len, np.int64), np.full(seq_len, NO_LABEL))
 
 
-def _without_targets(tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> CachedWindow:
+def _without_targets(
+    tokens: NDArray[np.int64], labels: NDArray[np.int64], starts: Starts | None = None
+) -> CachedWindow:
     positions = len(tokens)
     nothing = SparseTargets(
         ids=torch.empty(positions, 0, dtype=torch.int32),
         logprobs=torch.empty(positions, 0),
         tail=torch.full((positions,), float("-inf")),
     )
-    return CachedWindow(tokens, labels, np.full(positions, np.nan, np.float32), nothing)
+    return CachedWindow(tokens, labels, np.full(positions, np.nan, np.float32), nothing, starts)
 
 
 def teacher_ce(windows: list[CachedWindow]) -> float:

@@ -155,6 +155,7 @@ class Stepper:
                 gamma=gamma * squared,
                 temperature=options.temperature,
                 direction=options.direction,
+                documents=batch.documents,
                 **extra,
             )
         return loss

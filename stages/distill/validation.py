@@ -120,6 +120,7 @@ class Validation:
                     batch.tokens,
                     batch.labels,
                     batch.rows,
+                    documents=batch.documents,
                     measuring=True,
                     temperature=self.options.temperature,
                 )

@@ -19,6 +19,7 @@ from ddk_pipe.pipeline.losses import N_SUMS, summary
 from ddk_pipe.pipeline.models import (
     be_quiet,
     head_is_plain,
+    keeps_documents_apart,
     load_causal_lm,
     load_tokenizer,
     model_folder,
@@ -136,17 +137,18 @@ def builtin(
     reader = CacheReader(cache, used)
     sizes = {domain: reader.size(domain, VALIDATION).windows for domain in spec.domains}
     wanted = {domain: min(size, request.windows or size) for domain, size in sizes.items()}
-    out: dict[str, Result] = {}
+    apart = spec.attention == "document" and not keeps_documents_apart(model)
+    student, out = DistillStudent(model, apart=apart), dict[str, Result]()
     with track("evaluate", sum(wanted.values()), "windows") as advance:
         for domain, count in wanted.items():
             windows = [reader.read(domain, VALIDATION, window) for window in range(count)]
-            out[domain] = _domain(model, tokenizer, windows, request, used, exact=spec.plan.has_tail)
+            out[domain] = _domain(student, tokenizer, windows, request, used, exact=spec.plan.has_tail)
             advance(count, domain)
     return {"cache_fingerprint": spec.fingerprint, "temperature": used, "domains": out}
 
 
 def _domain(
-    model: Any,
+    student: DistillStudent,
     tokenizer: Any,
     windows: list[CachedWindow],
     request: Request,
@@ -154,12 +156,19 @@ def _domain(
     *,
     exact: bool,
 ) -> Result:
-    student, sums = DistillStudent(model), torch.zeros(N_SUMS, dtype=torch.float64)
+    sums = torch.zeros(N_SUMS, dtype=torch.float64)
     make_batch = BatchMaker.of(student)
     for start in range(0, len(windows), request.batch_windows):
-        batch = make_batch(windows[start : start + request.batch_windows]).to(model.device)
+        batch = make_batch(windows[start : start + request.batch_windows]).to(student.lm.device)
         with torch.no_grad():
-            found = student(batch.tokens, batch.labels, batch.rows, measuring=True, temperature=temperature)
+            found = student(
+                batch.tokens,
+                batch.labels,
+                batch.rows,
+                documents=batch.documents,
+                measuring=True,
+                temperature=temperature,
+            )
         sums += found.cpu()
     size = sum(label_bytes(tokenizer, window.labels) for window in windows)
     facts = summary(sums.numpy(), exact=exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.models import check_causal, decoder_of, forward_ends_in, head_is_plain, load_causal_lm
+from ddk_pipe.pipeline.models import (
+    Documents,
+    check_causal,
+    decoder_of,
+    forward_ends_in,
+    head_is_plain,
+    hidden_states,
+    keeps_documents_apart,
+    load_causal_lm,
+    stack_starts,
+)
 from ddk_pipe.pipeline.targets import Plan, Selected, head_rows, join, select_logits
-from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype
+from ddk_pipe.stages.common import SPREAD, pick_device, pick_dtype, say
 from ddk_pipe.stages.teachers.precision import OTHERWISE, widen, widens
 from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.serving import Service
@@ -74,8 +85,9 @@ class HfTeacher:
         with torch.inference_mode(), self.service.one_line("cannot serve"):
             for start in range(0, len(windows), self.batch_windows):
                 batch = windows[start : start + self.batch_windows]
-                tokens = torch.from_numpy(np.stack([window.tokens for window in batch]))
-                hidden = self.head.states(self.to_model(tokens))
+                tokens = self.to_model(torch.from_numpy(np.stack([window.tokens for window in batch])))
+                starts = stack_starts([window.starts for window in batch], tokens.shape[1])
+                hidden = self.head.states(tokens, Documents.of(starts))
                 out += [self._window(hidden[row], window, plan) for row, window in enumerate(batch)]
         return out
 
@@ -119,13 +131,22 @@ class Head:
         if wide:  # after the model's own words are known
             widen(self.layer)
 
-    def states(self, tokens: Tensor) -> Tensor:
+    def states(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """tokens int64 [B, L] -> last hidden states [B, L, d]; whole logits [B, L, V] where not in_blocks."""
-        if self.in_blocks:
-            hidden: Tensor = decoder_of(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
-            return hidden
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits
+        model = decoder_of(self.model) if self.in_blocks else self.model
+        if documents is None:
+            return hidden_states(model, tokens)
+        return hidden_states(model, tokens, documents.to(tokens.device), apart=self.apart)
+
+    @functools.cached_property
+    def apart(self) -> bool:
+        """True of a model whose documents must have rows of their own; tried out before the first of them."""
+        apart = not keeps_documents_apart(self.model)
+        if apart:
+            say(
+                f"teacher: {type(self.model).__name__} does not keep documents of a row apart; each has a row of its own"
+            )
+        return apart
 
     def logits(self, states: Tensor) -> Tensor:
         """states [N, d] -> logits [N, vocab_size]."""

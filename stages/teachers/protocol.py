@@ -8,17 +8,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.targets import Plan, Selected
 
 
 @dataclass(frozen=True)
 class Window:
     """One window to predict: tokens int64 [seq_len]; labels int64 [seq_len], negative where there is no loss;
-    `key` names it for the draws of the selection."""
+    `key` names it for the draws of the selection; starts bool [seq_len]: true where a document begins, which sees itself
+    alone (none: each token sees all of the window before it)."""
 
     key: str
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+    starts: Starts | None = None
 
 
 class Teacher(Protocol):

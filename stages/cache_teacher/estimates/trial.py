@@ -15,8 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, CacheWriter, ShardRecord, SplitSize, all_shards
+from ddk_pipe.pipeline.cache import (
+    CacheReader,
+    CacheSpec,
+    CacheWriter,
+    ShardRecord,
+    SplitSize,
+    all_shards,
+    is_input,
+)
 from ddk_pipe.pipeline.manifest import Project
+from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected, SparseTargets, stack
 from ddk_pipe.pipeline.text import SPLITS, TRAIN, Split, open_split
@@ -72,7 +81,7 @@ class Sizes:
     def add(self, record: ShardRecord) -> None:
         """A shard more."""
         fixed = {name: size for name, size in record.sizes.items() if name.endswith("zarr.json")}
-        input_fixed = sum(size for name, size in fixed.items() if name.startswith("tokens/"))
+        input_fixed = sum(size for name, size in fixed.items() if is_input(name))
         target_fixed = sum(fixed.values()) - input_fixed
         self.labels += record.positions
         self.entries += record.entries
@@ -129,7 +138,7 @@ def _write(
         writer.add_ranks(shard.domain, ranks_of(kept_counts(others, like.vocab_size), sample.split))
         windows = sample.windows[half]
         tokens = np.stack([window.tokens for window in windows])
-        sizes.add(writer.write(shard, tokens, _loss_mask(windows), selected[half], {}))
+        sizes.add(writer.write(shard, tokens, _loss_mask(windows), selected[half], {}, _starts(windows)))
     reader = CacheReader(folder, like.plan.temperatures[0])
     for shard in all_shards(writer.spec):
         for number in range(shard.windows):
@@ -144,3 +153,9 @@ def _loss_mask(windows: list[Window]) -> NDArray[np.uint8]:
     mask = np.zeros(labels.shape, np.uint8)
     mask[:, 1:] = labels[:, :-1] != NO_LABEL
     return mask
+
+
+def _starts(windows: list[Window]) -> Starts | None:
+    """Where documents begin, [windows, seq_len]."""
+    found = [window.starts for window in windows if window.starts is not None]
+    return np.stack(found) if found else None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddk_pipe.pipeline.errors import DdkError, first_mistake
-from ddk_pipe.pipeline.manifest import Manifest
+from ddk_pipe.pipeline.manifest import Manifest, recorded_manifest
 from ddk_pipe.pipeline.metrics import read_rows
 from ddk_pipe.pipeline.storage import Folder, is_url, open_folder
 
@@ -147,7 +147,7 @@ class RunRecord:
     def manifest(self) -> Manifest | None:
         """As it was when the run finished; None for an unfinished run, or one of another version."""
         try:
-            return Manifest.model_validate((self.summary or {})["manifest"])
+            return recorded_manifest((self.summary or {})["manifest"])
         except (KeyError, ValueError):
             return None
 

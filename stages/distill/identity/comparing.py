@@ -30,13 +30,15 @@ WORDS = {
     "student": "what the student starts from",
 }
 ABSENT = object()
+WITHOUT = {"settings.attention": "window", "cache.attention": "window"}  # what none of it says
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted name: (value before, value now)} of what is not equal."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in [*before, *(name for name in now if name not in before)]:
-        one, other = before.get(name, ABSENT), now.get(name, ABSENT)
+        absent = WITHOUT.get(f"{prefix}{name}", ABSENT)
+        one, other = before.get(name, absent), now.get(name, absent)
         if isinstance(one, dict) and isinstance(other, dict):
             found |= differences(one, other, f"{prefix}{name}.")
         elif one != other:

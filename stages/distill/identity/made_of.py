@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.cache import CacheSpec, read_spec
+from ddk_pipe.pipeline.cache import CacheSpec, read_spec, require_attention
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.models import model_folder, model_here
@@ -30,6 +30,7 @@ def made_of(project: Project, digests: Digests, *, finished: bool) -> Facts:
     else:
         spec = _spec(project, finished=finished)
         if spec is not None:
+            require_attention(project.cache, spec, project.manifest.attention)
             _same_teacher(project, spec, digests, finished=finished)
             _same_rules(project, spec, finished=finished)
         read = _cached(project, spec)

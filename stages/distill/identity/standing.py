@@ -7,7 +7,7 @@ from typing import Any
 
 from ddk_pipe.pipeline.cache import read_spec
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import Manifest, Project
+from ddk_pipe.pipeline.manifest import Project, recorded_manifest
 from ddk_pipe.stages.common import load_run, say
 from ddk_pipe.stages.distill.identity.comparing import differences, other_run
 from ddk_pipe.stages.distill.identity.digests import Digests
@@ -116,6 +116,6 @@ def _fingerprint(project: Project, now: dict[str, Any]) -> str | None:
 
 def _settings_then(project: Project, summary: dict[str, Any]) -> dict[str, Any]:
     try:
-        return settings_in(Project(Manifest.model_validate(summary["manifest"]), project.root))
+        return settings_in(Project(recorded_manifest(summary["manifest"]), project.root))
     except (KeyError, ValueError):
         return {}

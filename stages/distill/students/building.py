@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ddk_pipe.pipeline.errors import DdkError, reason
-from ddk_pipe.pipeline.manifest import Project, Student, Teacher
+from ddk_pipe.pipeline.manifest import Manifest, Project, Student, Teacher
 from ddk_pipe.pipeline.models import (
     check_causal,
     check_length,
     forward_ends_in,
     head_is_plain,
+    keeps_documents_apart,
     load_causal_lm,
     mend_generation,
     model_folder,
@@ -63,6 +64,25 @@ def origin(student: Student, teacher: Teacher) -> tuple[str, bool]:
     if student.config is not None:
         return "student.config", False
     return "student.keep_layers", teacher.trust_remote_code
+
+
+def needs_rows_apart(lm: Any, manifest: Manifest, *, sharded: bool) -> bool:
+    """True of a student that sees from one document of a window into the next, where it must not (tried on the model).
+
+    Raises DdkError for one in shards (FSDP2), whose processes must all run it equally often.
+    """
+    if manifest.attention == "window" or keeps_documents_apart(lm):
+        return False
+    assert manifest.student is not None
+    field, _ = origin(manifest.student, manifest.teacher)
+    sees = f"{type(lm).__name__} does not keep documents of a window apart"
+    if sharded:
+        raise DdkError(
+            f"{field}: {sees}, and a student in shards cannot run them one by one",
+            hint="set distill.parallel: ddp, or attention: window",
+        )
+    say(f"distill: {sees}; each has a row of its own")
+    return True
 
 
 def _first_weights(project: Project, student: Student, vocab_size: int) -> Any:

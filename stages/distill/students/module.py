@@ -16,10 +16,9 @@ from ddk_pipe.pipeline.losses import (
     measure_rows,
     rows_sparse_kd,
 )
-from ddk_pipe.pipeline.models import decoder_of, text_config
+from ddk_pipe.pipeline.models import Documents, decoder_of, hidden_states, text_config
 from ddk_pipe.pipeline.targets import SparseTargets
 from ddk_pipe.stages.distill.students.layers import layer_list
-from ddk_pipe.stages.distill.students.whole_windows import known_as_one_sequence
 
 
 class DistillStudent(nn.Module):
@@ -27,11 +26,12 @@ class DistillStudent(nn.Module):
 
     The loss reads the last hidden states and the output layer's weight, so it runs inside the forward,
     where wrappers such as FSDP2 have the weight whole (facts/infrastructure.md). A soft cap of the model's
-    configuration (Gemma) is the loss's too.
+    configuration (Gemma) is the loss's too. `apart`: of a model that does not keep documents of a window apart.
     """
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, *, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.lm = lm
         self.softcap = logit_softcap(lm)
 
@@ -41,16 +41,16 @@ class DistillStudent(nn.Module):
         labels: Tensor,
         targets: LabelledRows | SparseTargets | DenseTargets,
         *,
+        documents: Documents | None = None,
         measuring: bool = False,
         **options: Any,
     ) -> SparseKdLoss | Tensor:
         """tokens, labels int64 [windows, seq_len]; targets of the windows * seq_len positions, sparse, sparse and checked
         (of those that have a label), or the whole distribution.
 
-        `measuring`: the sums of `pipeline.losses.measure` in place of the loss.
+        `documents`: where they lie in the windows, none for windows that are seen whole. `measuring`: the sums of `pipeline.losses.measure` in place of the loss.
         """
-        with known_as_one_sequence():
-            hidden = decoder_of(self.lm)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = hidden_states(decoder_of(self.lm), tokens, documents, apart=self.apart).flatten(0, 1)
         head = self.lm.get_output_embeddings()
         layer: dict[str, Any] = {"bias": getattr(head, "bias", None), "softcap": self.softcap}
         if isinstance(targets, DenseTargets):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.text import Encoded, spans_from
+from ddk_pipe.pipeline.models import spans_from
+from ddk_pipe.pipeline.text import Encoded
 from ddk_pipe.pipeline.text import packing as packing_module
 from ddk_pipe.pipeline.text.packing import Rows, Stream, Whole, best_fit
 

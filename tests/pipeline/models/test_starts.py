@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddk_pipe.pipeline.text import check_starts, documents_from, positions_from, spans_from
+from ddk_pipe.pipeline.models import check_starts, positions_from, spans_from
+from ddk_pipe.pipeline.models.starts import documents_from
 
 WINDOWS = st.lists(st.booleans(), min_size=1, max_size=40).map(lambda rest: np.array([True, *rest[1:]]))
 

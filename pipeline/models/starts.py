@@ -6,6 +6,8 @@ at the first token of every window. Filling is a document of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,14 @@ def spans_from(starts: Starts) -> list[slice]:
     """The documents of one window, starts [seq_len], in order."""
     begins = np.flatnonzero(starts).tolist()
     return [slice(*ends) for ends in zip(begins, [*begins[1:], len(starts)], strict=True)]
+
+
+def stack_starts(windows: Sequence[Starts | None], seq_len: int) -> Starts | None:
+    """Those of several windows, bool [windows, seq_len]; None where all of them are seen whole."""
+    if all(starts is None for starts in windows):
+        return None
+    whole = np.arange(seq_len) == 0
+    return np.stack([whole if starts is None else starts for starts in windows])
 
 
 def check_starts(starts: Starts, labels: NDArray[np.int64], *, no_label: int) -> None:

@@ -217,9 +217,9 @@ def test_reverse_kl_of_targets_that_name_every_token_needs_no_tail(make_project:
 def test_a_teacher_that_fails_in_a_step_is_one_line(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint names what its batch is here."""
 
-    def states(self: Head, tokens: torch.Tensor) -> torch.Tensor:
+    def states(self: Head, *arguments: Any) -> torch.Tensor:
         if torch.is_inference_mode_enabled():  # of the validation windows, before the first step
-            return real(self, tokens)
+            return real(self, *arguments)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     real = Head.states

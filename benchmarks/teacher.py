@@ -40,7 +40,8 @@ from ddk_pipe.stages.demo.material import write_teacher
 from ddk_pipe.stages.teachers import Window
 from ddk_pipe.stages.teachers.hf import HfTeacher
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
-from ddk_pipe.stages.teachers.vllm.engine import VllmTeacher
+from ddk_pipe.stages.teachers.vllm.engine import VllmTeacher, _sampling
+from ddk_pipe.stages.teachers.vllm.prompts import prompts_of
 
 PLAN = Plan("pps", 0.02, 64, 256, 50, (1.0,), 0)
 SOURCES = (argparse, inspect, urllib.request, tempfile, mock)
@@ -70,7 +71,8 @@ def vllm_variants(teacher: VllmTeacher, windows: list[Window]) -> Variants:
         if teacher._plan is not None:
             teacher.engine.collective_rpc("ddk_uninstall")
             teacher._plan = None
-        return teacher._generate(windows, **options)
+        prompts = [prompt for window in windows for prompt in prompts_of(window)]
+        return teacher._generate(prompts, _sampling(**options))
 
     return {
         "vllm: bare prefill": own,

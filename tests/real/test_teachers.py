@@ -136,6 +136,29 @@ def kept(targets: object, row: int) -> dict[int, float]:
     return {token: p for token, p in zip(ids, logprobs, strict=True) if token >= 0}
 
 
+def with_documents(window: Window) -> Window:
+    """The same tokens as documents of 1, 2, 29 and 96 tokens, of which the second has no label."""
+    starts = np.isin(np.arange(SEQ_LEN), [0, 1, 3, 32])
+    labels = window.labels.copy()
+    labels[:-1][starts[1:]] = NO_LABEL
+    labels[1] = NO_LABEL
+    return Window(window.key, window.tokens, labels, starts)
+
+
+@pytest.mark.parametrize("scheme", ["pps", "threshold"])
+def test_documents_do_not_see_each_other_in_either_engine(
+    vllm: Teacher, hf: Teacher, windows: list[Window], scheme: str
+) -> None:
+    islands = [with_documents(window) for window in windows]
+    of_hf = hf.select(islands, plan(scheme))
+    assert_agree(scheme, islands, of_hf, vllm.select(islands, plan(scheme)))
+    (alone,) = hf.select([Window("alone", islands[0].tokens[32:], islands[0].labels[32:])], plan(scheme))
+    gap = (of_hf[0].label_logprobs[32:] - alone.label_logprobs).nan_to_num().abs()
+    assert float(gap.max()) <= TOLERANCE
+    (whole,) = hf.select(windows[:1], plan(scheme))
+    assert float((whole.label_logprobs[32:] - alone.label_logprobs).nan_to_num().abs().max()) > 0.1
+
+
 def test_a_second_plan_and_a_second_call_keep_their_windows_apart(
     vllm: Teacher, windows: list[Window]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddk_pipe.pipeline import manifest
 from ddk_pipe.pipeline.errors import DdkError, install_hint
@@ -27,6 +29,7 @@ from ddk_pipe.stages.teachers.protocol import Window
 from ddk_pipe.stages.teachers.serving import SHOW, Service
 from ddk_pipe.stages.teachers.vllm import worker as vllm_worker
 from ddk_pipe.stages.teachers.vllm.limits import check_capture, check_head
+from ddk_pipe.stages.teachers.vllm.prompts import Prompt, prompts_of, put_together
 from ddk_pipe.stages.teachers.vllm.worker import ROUNDED, unpack
 
 OLDEST = (0, 24)  # both runners have had the same two methods since (facts of their sources, up to 0.33)
@@ -34,15 +37,14 @@ RUNNERS = {
     "v1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     "v2": ("vllm.v1.worker.gpu.sample.prompt_logprob", "PromptLogprobsWorker"),
 }
+PROMPTS_A_WINDOW = 8  # at once: documents are shorter than windows
 QUIET = "ERROR"  # level of vLLM's own log
 EXTENSION = "ddk_pipe.stages.teachers.vllm.worker.SelectionExtension"
 
 
 class VllmTeacher:
-    """Runs windows as prompts of vLLM's engine and collects what its workers select.
+    """Runs the documents of windows as prompts of vLLM's engine and collects what its workers select.
 
-    A prompt is a window without its last token, whose position has no label: the one token that vLLM always generates
-    takes its place, and a window may be as long as the model's context.
     On a CPU the engine lives in this process (V1 runner); on GPUs in processes of its own.
     """
 
@@ -74,7 +76,9 @@ class VllmTeacher:
                 hf_overrides={"head_dtype": "float32"} if self.wide else {},
                 max_model_len=seq_len,
                 max_num_batched_tokens=max(options.vllm.max_num_batched_tokens, seq_len),
-                max_num_seqs=options.batch_windows,
+                max_num_seqs=min(
+                    PROMPTS_A_WINDOW * options.batch_windows, options.vllm.max_num_batched_tokens
+                ),
                 max_logprobs=-1,
                 enforce_eager=device.type == "cpu",
                 enable_prefix_caching=False,  # a cached prefix has no logits: its positions would be garbage
@@ -109,24 +113,34 @@ class VllmTeacher:
         self._notes.unlink(missing_ok=True)
 
     def select(self, windows: list[Window], plan: Plan) -> list[Selected]:
-        if self.options.vllm.capture == "prompt_logprobs":
-            return self._from_prompt_logprobs(windows, plan)
+        by_public_interface = self.options.vllm.capture == "prompt_logprobs"
+        each = [prompts_of(window) for window in windows]
+        prompts = [prompt for of_window in each for prompt in of_window]
+        found = iter(
+            (self._from_prompt_logprobs if by_public_interface else self._from_worker)(prompts, plan)
+        )
+        return [
+            put_together(window, of_window, list(itertools.islice(found, len(of_window))), plan)
+            for window, of_window in zip(windows, each, strict=True)
+        ]
+
+    def _from_worker(self, prompts: list[Prompt], plan: Plan) -> list[Selected]:
         self._install(plan)
-        requests = [str(self._sent + index) for index in range(len(windows))]
+        requests = [str(self._sent + index) for index in range(len(prompts))]
         announced = [
-            (request, window.key, window.labels.astype(np.int64).tobytes())
-            for request, window in zip(requests, windows, strict=True)
+            (request, prompt.key, prompt.labels.astype(np.int64).tobytes(), prompt.first, prompt.positions)
+            for request, prompt in zip(requests, prompts, strict=True)
         ]
         self._call("ddk_expect", announced)
-        self._generate(windows, _sampling(prompt_logprobs=0))
+        self._generate(prompts, _sampling(prompt_logprobs=0))
         answers = self._call("ddk_take")
         failed = {request: why for answer in answers for request, why in answer["failed"].items()}
         done: dict[str, Any] = next((answer["done"] for answer in answers if answer["done"]), {})
-        for request, window in zip(requests, windows, strict=True):
+        for request, prompt in zip(requests, prompts, strict=True):
             if request not in done:
                 why = failed.get(request, "vLLM returned nothing for it")
                 raise DdkError(
-                    f"window {window.key}: {why} (model {self.folder})",
+                    f"window {prompt.key}: {why} (model {self.folder})",
                     hint=OTHERWISE
                     if why.startswith(ROUNDED)
                     else "try teacher.dtype: float32 or backend: hf",
@@ -145,13 +159,13 @@ class VllmTeacher:
             self.runner = answer
         self._plan = plan
 
-    def _generate(self, windows: list[Window], sampling: Any) -> list[Any]:
+    def _generate(self, prompts: list[Prompt], sampling: Any) -> list[Any]:
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=window.tokens[:-1].tolist()) for window in windows]
-        self._sent += len(prompts)
+        asked = [TokensPrompt(prompt_token_ids=prompt.tokens[:-1].tolist()) for prompt in prompts]
+        self._sent += len(asked)
         with self._serving():
-            return list(self.engine.generate(prompts, sampling, use_tqdm=False))
+            return list(self.engine.generate(asked, sampling, use_tqdm=False)) if asked else []
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """A method of the extension, on every worker."""
@@ -175,21 +189,21 @@ class VllmTeacher:
         """What a step raised in the worker, "" if that is not known: from a process of its own it does not come here."""
         return self._notes.read_text().split("\n")[0]
 
-    def _from_prompt_logprobs(self, windows: list[Window], plan: Plan) -> list[Selected]:
+    def _from_prompt_logprobs(self, prompts: list[Prompt], plan: Plan) -> list[Selected]:
         check_capture(self.options, plan)
         k = plan.k if plan.scheme == "topk" else plan.cap
-        # the window's last token is the only one that may be generated: its log-probability comes with the largest
+        # the document's last token is the only one that may be generated: its log-probability comes with the largest
         samplings = [
             _sampling(
-                prompt_logprobs=k, logprobs=k, flat_logprobs=True, allowed_token_ids=[int(window.tokens[-1])]
+                prompt_logprobs=k, logprobs=k, flat_logprobs=True, allowed_token_ids=[int(prompt.tokens[-1])]
             )
-            for window in windows
+            for prompt in prompts
         ]
-        outputs = self._generate(windows, samplings)
+        outputs = self._generate(prompts, samplings)
         floor = plan.tau if plan.scheme == "threshold" else 0.0
         return [
-            _from_flat(output.prompt_logprobs, output.outputs[0].logprobs, window, k, floor)
-            for output, window in zip(outputs, windows, strict=True)
+            _from_flat(output.prompt_logprobs, output.outputs[0].logprobs, prompt.labels, k, floor)
+            for output, prompt in zip(outputs, prompts, strict=True)
         ]
 
 
@@ -200,19 +214,19 @@ def _sampling(**options: Any) -> Any:
     return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **options)
 
 
-def _from_flat(prompt: Any, generated: Any, window: Window, k: int, floor: float) -> Selected:
+def _from_flat(prompt: Any, generated: Any, marked: NDArray[np.int64], k: int, floor: float) -> Selected:
     """vLLM's FlatLogprobs: k + 1 entries a token (the true one, then the k largest); token 0 has none.
 
     Entry t scores token t given tokens before it, which is our position t - 1; the last position has none. That of
     the last token is `generated`, those of the others are the prompt's.
     """
-    rows = len(window.labels) - 1
+    rows = len(marked) - 1
     token_ids, scores = (
         [*getattr(prompt, name), *getattr(generated, name)] for name in ("token_ids", "logprobs")
     )
     ids = torch.tensor(np.asarray(token_ids, np.int64).reshape(rows, k + 1))
     logprobs = torch.tensor(np.asarray(scores, np.float32).reshape(rows, k + 1))
-    labels = torch.from_numpy(window.labels)
+    labels = torch.from_numpy(marked)
     live = labels[:rows] >= 0
     label = torch.full((rows + 1,), float("nan"))
     label[:rows] = torch.where(live, logprobs[:, 0], float("nan"))

@@ -71,7 +71,7 @@ def unpack(packed: Packed) -> Selected:
 class Collector:
     """Selections of running prompts, piece by piece (chunked prefill) until each prompt is whole.
 
-    A prompt is a window without its last token: that position has no label, and its row is made here.
+    A prompt is a document without its last token: that position has no label, and its row is made here.
     """
 
     def __init__(self, plan: Plan, vocab_size: int, *, wide: bool = False) -> None:
@@ -83,10 +83,13 @@ class Collector:
         self.done: dict[str, Packed] = {}
         self.failed: dict[str, str] = {}
 
-    def expect(self, request: str, key: str, labels: bytes) -> None:
-        """Announce a request: its window's key and labels (int64 [L])."""
+    def expect(
+        self, request: str, key: str, labels: bytes, first: int = 0, positions: int | None = None
+    ) -> None:
+        """Announce a request: its window's key, its own labels (int64 [L]), the first of its places in the window, and
+        the positions of the window (none: L)."""
         values = np.frombuffer(labels, np.int64).copy()
-        uniforms = self.plan.uniforms(key, len(values))
+        uniforms = self.plan.uniforms(key, positions or len(values))[:, first : first + len(values)]
         self.expected[request] = torch.from_numpy(values), torch.from_numpy(uniforms)
 
     def add(self, internal_id: str, start: int, hidden: Tensor, logits_of: LogitsOf) -> None:
@@ -238,10 +241,10 @@ class SelectionExtension:
             return "v1", self.model_runner, V1_METHOD, V1_ARGUMENTS, v1_method
         return "v2", worker, V2_METHOD, V2_ARGUMENTS, v2_method
 
-    def ddk_expect(self, requests: list[tuple[str, str, bytes]]) -> None:
-        """Announce requests as (id, window key, labels)."""
-        for request, key, labels in requests:
-            self._ddk_collector.expect(request, key, labels)
+    def ddk_expect(self, requests: list[tuple[Any, ...]]) -> None:
+        """Announce requests, each by the arguments of Collector.expect."""
+        for request in requests:
+            self._ddk_collector.expect(*request)
 
     def ddk_take(self) -> dict[str, Any]:
         """Fetch what is done: {"done": {request: Packed}, "failed": {request: reason}}."""

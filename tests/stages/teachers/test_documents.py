@@ -58,8 +58,8 @@ def furthest(opened: HfTeacher, given: list[Window], found: list[Selected]) -> f
                 width = other.ids.shape[1]
                 assert torch.equal(one.ids[:, :width], other.ids) or apart > 1e-5
                 pairs += [(one.logprobs[:, :width], other.logprobs), (one.tail, other.tail)]
-            for one, other in ((a, b) for a, b in pairs if b.numel()):
-                gap = (one - other)[other.isfinite()].abs()
+            for here, there in pairs:
+                gap = (here - there)[there.isfinite()].abs()
                 apart = max(apart, float(gap.max()) if gap.numel() else 0.0)
     return apart
 

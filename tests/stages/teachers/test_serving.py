@@ -132,7 +132,7 @@ def test_the_log_of_what_was_not_shown_is_named_where_there_is_one() -> None:
 def test_our_own_slips_are_not_disguised() -> None:
     """Raised in a module of ours: as they are. Raised by what it calls: the engine's."""
     with pytest.raises(AttributeError), service().one_line("cannot serve"):
-        engine._from_flat(None, None, make_window(), 4, 0.0)
+        engine._from_flat(None, None, make_window().labels, 4, 0.0)
     with pytest.raises(DdkError, match=r"\(AttributeError: "), service().one_line("cannot serve"):
         None.rows()  # type: ignore[attr-defined]
 

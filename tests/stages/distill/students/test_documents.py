@@ -66,9 +66,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(kind: str, t
     parameters = [each for each in one.parameters() if each.requires_grad]
     found = loss_of(one, given)
     gradient = torch.autograd.grad(found, parameters, allow_unused=True)
-    spans = [
-        (window, span) for window in given for span in spans_from(window.starts) if window.starts is not None
-    ]
+    spans = [(each, span) for each in given if each.starts is not None for span in spans_from(each.starts)]
     alone = torch.stack(
         [loss_of(one, [part(window, span)]) for window, span in spans if span.stop - span.start > 1]
     )

@@ -21,7 +21,8 @@ class DistillTrainer(Trainer):
         return DataLoader(data, batch_sampler=order, collate_fn=ddk_pipe.collate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden = model.base_model(input_ids=inputs["input_ids"]).last_hidden_state
+        documents = {name: inputs[name] for name in ("input_ids", "position_ids")}
+        hidden = model.base_model(**documents, use_cache=False).last_hidden_state
         loss = ddk_pipe.linear_sparse_kd(
             hidden.flatten(0, 1),
             model.get_output_embeddings().weight,

@@ -14,7 +14,8 @@ BATCH, INTERVAL, GAMMA = 4, 10, 0.2
 
 def loss_of(model, batch, gamma):
     """CE + gamma * KL of a batch, summed over its labels; never holds [tokens, vocabulary]."""
-    hidden = model.base_model(input_ids=batch["input_ids"].to(model.device)).last_hidden_state
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     labels, targets = batch["labels"].flatten().to(model.device), batch["targets"].to(model.device)
     head = model.get_output_embeddings().weight
     return ddk_pipe.linear_sparse_kd(hidden.flatten(0, 1), head, labels, targets, gamma=gamma)

@@ -35,7 +35,7 @@ class Example(TypedDict):
     """One window. `labels` are aligned with the logits: position t is to predict `labels[t]`, which is token t+1."""
 
     input_ids: Tensor  # int64 [seq_len]
-    # int64 [seq_len]: give them to the model, so that documents do not see each other where the teacher's did not
+    # int64 [seq_len]: with them and use_cache=False a model keeps documents apart where the teacher did
     position_ids: Tensor
     labels: Tensor  # int64 [seq_len], -100 where there is none
     targets: SparseTargets  # of seq_len positions

@@ -67,6 +67,7 @@ def make_project(folder: Path, teacher: Path, tokens: int, device: str) -> Path:
         },
         "teacher": {"model": str(teacher), "backend": "hf", "device": device},
         "seq_len": SEQ_LEN,
+        "attention": "window",  # as what it is measured against
         "prepare": {"max_train_windows": 12, "max_validation_windows": 1, "validation_fraction": 0.2},
         "cache": {"shard_windows": 8},
         "distill": {

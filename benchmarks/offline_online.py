@@ -154,6 +154,7 @@ def make_project(folder: Path, teacher: Path, steps: int) -> Path:
         "domains": {name: {"train": f"text/{name}.jsonl"} for name in DOMAINS},
         "teacher": {"model": str(teacher), "backend": "hf"},
         "seq_len": SEQ_LEN,
+        "attention": "window",  # as what it is measured against
         "prepare": {
             "max_train_windows": TRAIN_WINDOWS,
             "max_validation_windows": VALIDATION_WINDOWS,
@@ -241,6 +242,7 @@ def main() -> None:
         "steps": args.steps,
         "tokens_per_step": SEQ_LEN * BATCH_WINDOWS,
         "seq_len": SEQ_LEN,
+        "attention": "window",  # as what it is measured against
         "gamma": GAMMA,
         "learning_rate": LEARNING_RATE,
         "top_k": TOP_K,

@@ -79,6 +79,9 @@ class Text:
         shape = (which.stop - which.start, SEQ_LEN)
         return np.zeros(shape, np.int64), np.ones(shape, np.uint8)
 
+    def starts(self, which: slice) -> None:
+        """Each window is seen whole."""
+
 
 def job_in(folder: Path, shards: int, seconds: float) -> Job:
     """A cache of so many shards of one batch each."""

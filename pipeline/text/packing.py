@@ -34,6 +34,10 @@ class Rows:
     starts: NDArray[np.bool_]
     used: NDArray[np.int64]
 
+    def first(self, most: int | None) -> Rows:
+        """At most so many of them; none: all."""
+        return Rows(self.tokens[:most], self.is_label[:most], self.starts[:most], self.used[:most])
+
 
 class Stream:
     """Documents one after the other."""
@@ -49,8 +53,8 @@ class Stream:
         blocks = self.pending // (BLOCK_WINDOWS * self.seq_len)
         return self._cut(blocks * BLOCK_WINDOWS) if blocks else None
 
-    def rest(self) -> Rows | None:
-        """What is left, its last row filled up; None if there is nothing."""
+    def rest(self, most: int | None = None) -> Rows | None:
+        """What is left, its last row filled up, the first `most` rows of it; None if there is nothing."""
         if not self.pending:
             return None
         filling = -self.pending % self.seq_len
@@ -58,7 +62,7 @@ class Stream:
             self._append(Encoded(np.full(filling, self.eos, np.int64), np.zeros(filling, np.uint8)))
         rows = self._cut(self.pending // self.seq_len)
         rows.used[-1] -= filling
-        return rows
+        return rows.first(most)
 
     def _append(self, document: Encoded) -> None:
         self._documents.append(document)
@@ -97,9 +101,9 @@ class Whole:
             return None
         return self._hand_on(HELD_BLOCKS // 2 * BLOCK_WINDOWS)
 
-    def rest(self) -> Rows | None:
-        """What is left; None if there is nothing."""
-        return self._hand_on(len(self._pieces)) if self.pending else None
+    def rest(self, most: int | None = None) -> Rows | None:
+        """What is left, the fullest `most` rows of it; None if there is nothing."""
+        return self._hand_on(len(self._pieces) if most is None else most) if self.pending else None
 
     def _hand_on(self, most: int) -> Rows:
         """The fullest rows, `most` of them if there are so many, in the order of their first documents: sorted by

@@ -45,7 +45,7 @@ class SplitFacts:
     text_bytes: int = 0
     chats: int = 0  # of the documents
     left_out: int = 0  # documents of the training text that are validation text too
-    unused_tokens: int = 0  # of documents that are set aside, beyond what their windows hold
+    unused_tokens: int = 0  # of documents that were set aside or kept whole, beyond what the windows hold
     seconds: float = 0.0  # spent on the whole domain
     digest: str = ""
 
@@ -97,6 +97,11 @@ class SplitWriter:
         return self.facts.windows * self.seq_len + pending >= self.max_windows * self.seq_len
 
     @property
+    def _room(self) -> int | None:
+        """Windows that may still be written; none: any number."""
+        return None if self.max_windows is None else self.max_windows - self.facts.windows
+
+    @property
     def _islands(self) -> bool:
         return self.attention == "document"
 
@@ -113,25 +118,26 @@ class SplitWriter:
     def _write(self, rows: Rows | None) -> None:
         if rows is None:
             return
-        room = len(rows.tokens) if self.max_windows is None else self.max_windows - self.facts.windows
-        tokens, mask = rows.tokens[:room], rows.is_label[:room]
+        rows = rows.first(self._room)
+        tokens, mask = rows.tokens, rows.is_label
         if not len(tokens):
             return
         content = {"tokens": tokens.astype(self.arrays["tokens"].dtype), "loss_mask": mask}
         if self._islands:
-            content["starts"] = rows.starts[:room].astype(np.uint8)
+            content["starts"] = rows.starts.astype(np.uint8)
         for name, values in content.items():
             self.arrays[name].append(values)
             self._hashes[name].update(values.astype("<u4" if name == "tokens" else "u1").tobytes())
         self.counts += np.bincount(tokens.ravel(), minlength=len(self.counts))
         self.facts.windows += len(tokens)
-        self.facts.tokens += int(rows.used[:room].sum())
+        self.facts.tokens += int(rows.used.sum())
         self.facts.labels += int(mask[:, 1:].sum())
 
     def finish(self, record: dict[str, Any]) -> SplitFacts:
         """Fill up the last windows, record the facts, and put the split in its place."""
         for packer in (self._stream, self._whole):
-            self._write(packer.rest())
+            self._write(packer.rest(self._room))
+        self.facts.unused_tokens += self._whole.pending
         self.facts.digest = durable.digest(b"".join(part.digest() for part in self._hashes.values()))
         self.facts.seconds = round(time.monotonic() - self._began, 3)
         counts = self.group.create_array("token_counts", shape=self.counts.shape, dtype="i8")

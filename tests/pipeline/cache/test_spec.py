@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from caches import resealed
+from caches import make_plan, make_spec, resealed
 
 from ddk_pipe.pipeline.cache import CacheReader
 from ddk_pipe.pipeline.errors import DdkError
@@ -28,6 +28,9 @@ from ddk_pipe.pipeline.storage import LocalFolder
         ("teacher", "gone", "damaged or edited"),
         ("plan", {"scheme": "pps", "tau": "0.02"}, "damaged or edited"),
         ("fingerprint", "other", "damaged or edited"),
+        ("attention", "document", "damaged or edited"),
+        ("attention", "window", "damaged or edited"),
+        ("schema_version", 4, "damaged or edited"),
     ],
 )
 def test_edited_cache_json(folder: LocalFolder, field: str, value: Any, expected: str) -> None:
@@ -45,3 +48,15 @@ def test_a_size_in_cache_json_that_was_changed_without_its_seal(folder: LocalFol
     path.write_text(path.read_text().replace('"windows": 10', '"windows": 8', 1))
     with pytest.raises(DdkError, match="damaged or edited"):
         CacheReader(folder, 1.0)
+
+
+def test_attention_and_schema_version_go_together_and_whole_windows_are_what_they_were() -> None:
+    """A reader of version 3 would take documents for whole windows; caches of windows keep their fingerprint."""
+    for wrong in ({"attention": "document"}, {"schema_version": 4}):
+        with pytest.raises(ValueError, match="of attention"):
+            make_spec(make_plan(), **wrong)
+    windows = make_spec(make_plan())
+    islands = make_spec(make_plan(), attention="document", schema_version=4)
+    assert "attention" not in windows.identity() and b"attention" not in windows.to_json()
+    assert islands.fingerprint != windows.fingerprint
+    assert json.loads(islands.to_json())["attention"] == "document"

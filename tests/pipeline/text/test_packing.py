@@ -111,6 +111,14 @@ def test_the_longest_come_first_and_each_fills_the_fullest_bin() -> None:
     assert best_fit([5, 4, 6, 3, 2], 10) == [[1, 2], [0, 3, 4]]
 
 
+def test_of_too_many_rows_the_fullest_are_taken() -> None:
+    packer = Whole(seq_len=10, eos=EOS)
+    for document in documents([6, 3, 5, 4]):
+        packer.add(document)
+    rows = packer.rest(1)
+    assert rows is not None and rows.used.tolist() == [10] and packer.pending == 8
+
+
 def test_chats_of_20_to_2000_tokens_fill_windows_of_2048(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     lengths = np.random.default_rng(0).integers(20, 2001, 4000).tolist()

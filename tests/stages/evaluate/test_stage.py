@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from ddk_pipe.pipeline.cache import CacheReader, read_spec
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.models import spans_from
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.pipeline.text import VALIDATION
 from ddk_pipe.stages.cli import app
@@ -46,7 +47,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_figures_are_the_plain_ones(project: Project) -> None:
-    """Against whole logits in float64, window by window."""
+    """Against whole logits in float64, document by document."""
     found = evaluate(project.run)["builtin"]["domains"]
     model = AutoModelForCausalLM.from_pretrained(project.run / "student").double()
     reader = CacheReader(project.cache, 1.0)
@@ -55,8 +56,10 @@ def test_figures_are_the_plain_ones(project: Project) -> None:
         for number in range(reader.size(domain, VALIDATION).windows):
             window = reader.read(domain, VALIDATION, number)
             live = window.labels != NO_LABEL
+            assert window.starts is not None
+            each = [torch.from_numpy(window.tokens[span])[None] for span in spans_from(window.starts)]
             with torch.no_grad():
-                logits = model(torch.from_numpy(window.tokens)[None]).logits[0].log_softmax(-1)
+                logits = torch.cat([model(document).logits[0] for document in each]).log_softmax(-1)
             places, wanted = np.flatnonzero(live), window.labels[live]
             nats += (-logits[places, wanted]).tolist()
             teacher += (-window.label_logprobs[live].astype(np.float64)).tolist()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ddk_pipe.pipeline.cache import CacheReader, CacheSpec, Shard, ShardRecord
 
 SAMPLE_WINDOWS = 20  # of a domain, decoded
-PARTS = ("tokens", "labels", "heads", "draws", "tails", "octaves", "bits", "codes", "metadata")
+PARTS = ("tokens", "starts", "labels", "heads", "draws", "tails", "octaves", "bits", "codes", "metadata")
 Records = dict[str, dict["Shard", "ShardRecord"]]  # by domain
 
 

@@ -277,6 +277,7 @@ def values_of(window: CachedWindow) -> Values:
         targets.ids.numpy(),
         targets.logprobs.numpy(),
         targets.tail.numpy(),
+        *(() if window.starts is None else (window.starts,)),
     )
 
 

@@ -95,7 +95,9 @@ class Whole:
         """Take a document in; returns rows once there are enough documents to choose from."""
         for start in range(0, len(document.ids), self.seq_len):
             part = slice(start, start + self.seq_len)
-            self._pieces.append(Encoded(document.ids[part], document.is_label[part]))
+            is_label = document.is_label[part].copy()
+            is_label[0] = 0  # what stands before it now may be another document
+            self._pieces.append(Encoded(document.ids[part], is_label))
         self.pending += len(document.ids)
         if self.pending < HELD_BLOCKS * BLOCK_WINDOWS * self.seq_len:
             return None

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import MakeProject
+from architectures import ARCHITECTURES, make_teacher
+from tiny import MakeProject, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ddk_pipe.pipeline.cache import CachedWindow, CachedWindows, CacheReader, collate, read_spec, verify
@@ -146,3 +147,28 @@ def test_where_documents_begin_is_checked_when_it_is_read(cached: Path) -> None:
             _starts({"starts": np.array(values, np.uint8)}, labels)
     with pytest.raises(ValueError, match="a label in another document"):
         _starts({"starts": np.array([1, 1, 0, 0], np.uint8)}, np.array([5, NO_LABEL, NO_LABEL, NO_LABEL]))
+
+
+@pytest.mark.slow
+def test_a_recurrent_teacher_and_student(
+    make_project: MakeProject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They do not keep documents of a row apart, so each document has a row of its own, in both."""
+    folder = tmp_path / "mamba"
+    tokenizer = make_tokenizer(folder)
+    mamba = next(each for each in ARCHITECTURES if each.kind == "mamba")
+    make_teacher(mamba, folder, vocab_size=len(tokenizer.get_vocab()))
+    few = {"max_train_windows": 6, "max_validation_windows": 2}
+    teacher = {"model": str(folder), "backend": "hf"}
+    project = load_project(
+        make_project(teacher=teacher, prepare=few), ["distill.steps=1", "distill.interval_steps=1"]
+    )
+    cache_teacher(project)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    window = CacheReader(project.cache, 1.0).read("code", "train", 0)
+    assert np.nanmax(np.abs(logprobs_alone(model, window) - window.label_logprobs)) <= STEP + 1e-5
+    assert distill(project)["steps"] == 1
+    captured = capsys.readouterr()
+    said = " ".join((captured.out + captured.err).split())
+    assert "teacher: MambaForCausalLM does not keep documents of a row apart" in said
+    assert "distill: MambaForCausalLM does not keep documents of a window apart" in said

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from ddk_pipe.pipeline.cache import CachedWindow, CachedWindows, CacheReader, collate, read_spec, verify
 from ddk_pipe.pipeline.errors import DdkError
-from ddk_pipe.pipeline.manifest import load_project
+from ddk_pipe.pipeline.manifest import load_project, recorded_manifest
 from ddk_pipe.pipeline.models import spans_from
 from ddk_pipe.pipeline.storage import open_folder
 from ddk_pipe.pipeline.targets import NO_LABEL
 from ddk_pipe.stages.cache_teacher import cache_teacher
 from ddk_pipe.stages.distill import distill
+from ddk_pipe.stages.distill.identity.comparing import differences
 from ddk_pipe.stages.distill.parts import Parts
 from ddk_pipe.stages.distill.position import settings_in
 from ddk_pipe.stages.prepare import prepare
@@ -172,3 +173,15 @@ def test_a_recurrent_teacher_and_student(
     said = " ".join((captured.out + captured.err).split())
     assert "teacher: MambaForCausalLM does not keep documents of a row apart" in said
     assert "distill: MambaForCausalLM does not keep documents of a window apart" in said
+
+
+def test_what_says_nothing_of_attention_was_of_windows(cached: Path) -> None:
+    """Records of runs, and manifests in them, from before there was a choice."""
+    settings = settings_in(load_project(cached))
+    before = {name: value for name, value in settings.items() if name != "attention"}
+    found = differences({"settings": before}, {"settings": settings})
+    assert found == {"settings.attention": ("window", "document")}
+    values = load_project(cached).manifest.model_dump()
+    del values["attention"]
+    assert recorded_manifest(values).attention == "window"
+    assert load_project(cached).manifest.attention == "document"

@@ -77,6 +77,17 @@ def write_file(path: Path, content: bytes, *, exclusive: bool = False) -> None:
     sync_folder(path.parent)
 
 
+def publish_file(partial: Path, final: Path) -> None:
+    """Give a finished file its name, in place of one that has it."""
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
 def publish_folder(partial: Path, final: Path) -> None:
     """Give a finished folder its name; raises OSError if a non-empty folder of that name exists."""
     for path in [*partial.rglob("*"), partial]:

@@ -10,10 +10,8 @@ not see each other (`attention: document`) there is also `starts`, u8 of the sam
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,8 @@ from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Attention, Packing
 from ddk_pipe.pipeline.models import Starts
 from ddk_pipe.pipeline.storage import durable, settle_writes
-from ddk_pipe.pipeline.text.encoding import Encoded, Encoder, batches
+from ddk_pipe.pipeline.text.encoding import Encoded
 from ddk_pipe.pipeline.text.packing import BLOCK_WINDOWS, Rows, Stream, Whole
-from ddk_pipe.pipeline.text.sources import Document
 
 TOKENS_VERSION = 2  # raise when encoding or packing changes: tokens of another version are made again
 TRAIN, VALIDATION = "train", "validation"
@@ -197,22 +194,3 @@ def labels_of(tokens: NDArray[np.int64], loss_mask: NDArray[np.uint8], *, no_lab
     labels = np.full(tokens.shape, no_label, np.int64)
     labels[..., :-1] = np.where(loss_mask[..., 1:] > 0, tokens[..., 1:], no_label)
     return labels
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A document with its tokens, and the bytes of its text."""
-
-    document: Document
-    encoded: Encoded
-    text_bytes: int
-
-
-def encode(documents: Iterable[Document], encoder: Encoder) -> Iterator[list[Piece]]:
-    """The documents in order, a batch at a time; those without text are left out."""
-    for batch in batches(documents):
-        yield [
-            Piece(document, encoded, len((document.text or json.dumps(document.messages)).encode()))
-            for document, encoded in zip(batch, encoder.encode(batch), strict=True)
-            if len(encoded.ids) > 1  # more than the closing EOS
-        ]

@@ -10,17 +10,26 @@ import typer
 from ddk_pipe.stages.cli.arguments import DEFAULT_MANIFEST, ManifestArgument, Overrides, checked_project
 
 
-def prepare(manifest: ManifestArgument = DEFAULT_MANIFEST, overrides: Overrides = None) -> None:
-    """Tokenise the domains' text and pack it into windows. Skipped where nothing changed.
+def prepare(
+    manifest: ManifestArgument = DEFAULT_MANIFEST,
+    overrides: Overrides = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (RAY_ADDRESS names the cluster)")] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="parts tokenised at once; ray: as many as there are CPUs if left out"),
+    ] = None,
+) -> None:
+    """Tokenise the domains' text and pack it into windows. Skipped where nothing changed, continues where it stopped.
 
     \b
     Example:
       ddk-pipe prepare manifest.yaml --set seq_len=512
+      ddk-pipe prepare manifest.yaml --workers 8
     """
     project = checked_project(manifest, overrides)
     from ddk_pipe.stages.prepare import prepare as run
 
-    run(project)
+    run(project, engine=engine, workers=workers)
 
 
 def estimate(

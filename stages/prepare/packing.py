@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -17,12 +18,12 @@ from ddk_pipe.pipeline.text import (
     Piece,
     Split,
     SplitWriter,
-    documents,
-    encode,
     open_split,
     tokenizer_size,
 )
-from ddk_pipe.stages.common import say, track
+from ddk_pipe.stages.common import say
+from ddk_pipe.stages.prepare.crews import Crew
+from ddk_pipe.stages.prepare.parts import Parts
 from ddk_pipe.stages.prepare.rules import CHAT_RULES
 from ddk_pipe.stages.prepare.split import Candidates, Chosen, DefaultSplit, cut
 
@@ -30,11 +31,12 @@ Facts = dict[str, dict[str, Any]]  # of each split
 
 
 def pack_domain(
-    project: Project, name: str, domain: Domain, encoder: Encoder, record: dict[str, Any]
+    project: Project, name: str, domain: Domain, encoder: Encoder, record: dict[str, Any], crew: Crew
 ) -> dict[str, Split]:
     """Pack both splits, say what they hold, and return them. Raises DdkError for a domain that has no text for one."""
     began = time.monotonic()
-    packing = Packing(project, name, domain, encoder)
+    parts = Parts(project, name, domain, record, crew)
+    packing = Packing(project, name, domain, encoder, parts)
     try:
         if domain.validation is None:
             packing.one_stream()
@@ -43,6 +45,7 @@ def pack_domain(
         facts = packing.finish(record)
     finally:
         packing.discard()
+    parts.remove()
     seconds = time.monotonic() - began
     for split in SPLITS:
         windows, tokens = facts[split]["windows"], facts[split]["tokens"]
@@ -59,8 +62,9 @@ def pack_domain(
 class Packing:
     """A domain on its way into windows."""
 
-    def __init__(self, project: Project, name: str, domain: Domain, encoder: Encoder) -> None:
+    def __init__(self, project: Project, name: str, domain: Domain, encoder: Encoder, parts: Parts) -> None:
         self.project, self.name, self.domain, self.encoder = project, name, domain, encoder
+        self.parts = parts
         self.writers = {split: self._writer(split) for split in SPLITS}
         self.candidates = Candidates(
             windows=project.manifest.prepare.max_validation_windows, seq_len=project.manifest.seq_len
@@ -92,14 +96,14 @@ class Packing:
         """Validation text has sources of its own; what of it stands in the training text too is left out there."""
         held_out: set[bytes] = set()  # 16 bytes a document, some 100 in a set of Python's
         for piece in self._pieces(validation, f"prepare {self.name}/{VALIDATION}", VALIDATION, lambda: False):
-            held_out.add(piece.document.digest)
+            held_out.add(piece.digest)
             self.candidates.offer(piece)
         self.chosen = self.candidates.close()
         train, left_out, first = self.writers[TRAIN], 0, ""
         what = f"prepare {self.name}/{TRAIN}"
         for piece in self._pieces(self.domain.train, what, TRAIN, lambda: train.full):
-            if piece.document.digest in held_out:
-                first, left_out = first or piece.document.where, left_out + 1
+            if piece.digest in held_out:
+                first, left_out = first or piece.where, left_out + 1
             else:
                 train.add(piece.encoded, piece.text_bytes)
         train.facts.left_out = left_out
@@ -146,11 +150,9 @@ class Packing:
     def _pieces(
         self, sources: list[Source], what: str, split: str, finished: Callable[[], bool]
     ) -> Iterator[Piece]:
-        stream = documents(self.project, self.domain, sources, field=f"domains.{self.name}.{split}")
-        with track(what, None, "tokens") as advance:
-            for batch in encode(stream, self.encoder):
+        with closing(self.parts.pieces(sources, split, what)) as stream:
+            for batch in stream:
                 yield from batch
-                advance(sum(len(piece.encoded.ids) for piece in batch))
                 if finished():
                     return
 

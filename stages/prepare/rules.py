@@ -25,12 +25,16 @@ WORDS = {
 }
 
 
+def encoder_now(project: Project) -> Encoder:
+    """The project's encoder."""
+    return Encoder(project_tokenizer(project), name=project.tokenizer, date=project.manifest.prepare.date)
+
+
 def rules_now(project: Project) -> tuple[Encoder, dict[str, str]]:
     """The project's encoder and the digests of its rules, by the names in WORDS."""
-    tokenizer = project_tokenizer(project)
-    encoder = Encoder(tokenizer, name=project.tokenizer, date=project.manifest.prepare.date)
+    encoder = encoder_now(project)
     return encoder, {
-        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "tokenizer_digest": tokenizer_digest(encoder.tokenizer),
         TEXT_RULES: text_rules(encoder),
         CHAT_RULES: chat_rules(encoder),
     }

@@ -20,7 +20,7 @@ MARKS = 1 << 64
 
 def mark_of(piece: Piece) -> int:
     """0 to MARKS - 1, uniform over documents."""
-    return int.from_bytes(piece.document.digest[:8])
+    return int.from_bytes(piece.digest[:8])
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.pipeline.manifest import Domain, Project
 from ddk_pipe.pipeline.text import (
     SPLITS,
@@ -18,6 +22,7 @@ from ddk_pipe.pipeline.text import (
     open_split,
 )
 from ddk_pipe.stages.common import say
+from ddk_pipe.stages.prepare.crews import ENGINES, Crew, open_crew
 from ddk_pipe.stages.prepare.fingerprints import content_of, source_fingerprints
 from ddk_pipe.stages.prepare.packing import pack_domain
 from ddk_pipe.stages.prepare.rules import CHAT_RULES, WORDS, rules_now
@@ -33,15 +38,37 @@ CHANGES = {
 }
 
 
-def prepare(project: Project) -> dict[str, dict[str, Split]]:
-    """Tokenise and pack every domain that is not prepared yet; returns the opened splits by domain."""
+def prepare(
+    project: Project, *, engine: str = "local", workers: int | None = None
+) -> dict[str, dict[str, Split]]:
+    """Tokenise and pack every domain that is not prepared yet; returns the opened splits by domain.
+
+    Parts of the text are tokenised by `workers` processes (engine: local; none: here) or actors on Ray (engine: ray); the
+    tokens are the same. Raises DdkError for a mistake in the sources.
+    """
+    _check_crew(engine, workers)
     for name, domain in project.manifest.domains.items():  # all paths first: a typo costs nothing
         _check_sources(project, name, domain)
     encoder, rules = rules_now(project)
-    return {
-        name: _domain(project, name, domain, encoder, rules)
-        for name, domain in project.manifest.domains.items()
-    }
+    with ExitStack() as stack:
+
+        @functools.cache
+        def crew() -> Crew:  # called where there is something to do
+            return stack.enter_context(open_crew(project, encoder, engine=engine, workers=workers))
+
+        return {
+            name: _domain(project, name, domain, encoder, rules, crew)
+            for name, domain in project.manifest.domains.items()
+        }
+
+
+def _check_crew(engine: str, workers: int | None) -> None:
+    if engine not in ENGINES:
+        raise DdkError(f"--engine {engine}: unknown", hint=f"use one of {', '.join(ENGINES)}")
+    if workers is not None and workers < 1:
+        raise DdkError(f"--workers {workers}: must be at least 1", hint="leave it out for this process alone")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise DdkError("--engine ray: Ray is not installed", hint=install_hint("ray"))
 
 
 def _check_sources(project: Project, name: str, domain: Domain) -> None:
@@ -50,7 +77,12 @@ def _check_sources(project: Project, name: str, domain: Domain) -> None:
 
 
 def _domain(
-    project: Project, name: str, domain: Domain, encoder: Encoder, rules: dict[str, str]
+    project: Project,
+    name: str,
+    domain: Domain,
+    encoder: Encoder,
+    rules: dict[str, str],
+    crew: Callable[[], Crew],
 ) -> dict[str, Split]:
     folder = project.tokens / name
     known = _known(folder)
@@ -76,7 +108,7 @@ def _domain(
     if known:
         say(f"prepare {name}: made again, for what it was made with changed: {', '.join(changed)}")
         record = {**record, **rules}
-    return pack_domain(project, name, domain, encoder, record)
+    return pack_domain(project, name, domain, encoder, record, crew())
 
 
 def _layout(project: Project, domain: Domain) -> dict[str, str]:

@@ -17,10 +17,12 @@ from ddk_pipe.pipeline.text.sources.records import Document, listed, read_record
 INK = re.compile(r"[^ \t\r\n\v\f]")
 
 
-def read_json_lines(path: Path, domain: Domain) -> Iterator[Document]:
-    """One object a line; blank lines are passed over."""
+def read_json_lines(
+    path: Path, domain: Domain, first: int = 0, last: int | None = None, *, before: int = 0
+) -> Iterator[Document]:
+    """One object a line; blank lines are passed over. A stretch of the file as `text_lines` has it."""
     hint = "one JSON object a line; mend or drop it"
-    for number, line in text_lines(path):
+    for number, line in text_lines(path, first, last, before=before):
         start = INK.search(line)
         if start is None:
             continue

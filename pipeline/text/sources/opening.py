@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ddk_pipe.pipeline.errors import DdkError
+from ddk_pipe.pipeline.errors import DdkError, reason
 
 HEAD = 1 << 12  # bytes that tell what a file is
 BUFFER = 1 << 20
@@ -26,12 +27,38 @@ def compression_of(head: bytes) -> str | None:
     return next((name for name, first in COMPRESSIONS if first.match(head)), None)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Inside, what a file that nobody may read raises, a damaged one, or one cut short, becomes a DdkError."""
+    try:
+        yield
+    except PermissionError:
+        raise DdkError(f"{path}: no permission to read it", hint="change its mode or owner") from None
+    except _unreadable() as problem:
+        raise DdkError(
+            f"{path}: cannot be read ({reason(problem)})", hint="is it complete, and what it says it is?"
+        ) from None
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    import lzma
+
+    import pyarrow as pa
+
+    return (OSError, EOFError, lzma.LZMAError, pa.ArrowException)
+
+
+def compression_of_file(path: Path) -> str | None:
+    """The compression that a file is in, or None."""
+    with open(path, "rb") as file:
+        return compression_of(file.read(HEAD))
+
+
 def open_unpacked(path: Path) -> io.BufferedIOBase:
     """The file's bytes as a stream, unpacked."""
     import pyarrow as pa
 
-    with open(path, "rb") as file:
-        compression = compression_of(file.read(HEAD))
+    compression = compression_of_file(path)
     if compression == "xz":
         import lzma
 
@@ -39,11 +66,23 @@ def open_unpacked(path: Path) -> io.BufferedIOBase:
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), BUFFER)
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Every line with its number from 1 and its line end. Raises DdkError for what is not UTF-8."""
-    with open_unpacked(path) as stream:
-        for number, line in enumerate(stream, 1):
+def text_lines(
+    path: Path, first: int = 0, last: int | None = None, *, before: int = 0
+) -> Iterator[tuple[int, str]]:
+    """Every line with its number from 1 and its line end. Raises DdkError for what is not UTF-8.
+
+    Of a file that is not packed also from the line that begins at byte `first`, the one after `before` others, to the
+    one that ends at byte `last`.
+    """
+    with open_unpacked(path) if last is None else open(path, "rb") as stream:
+        if first:
+            stream.seek(first)
+        at = first
+        for number, line in enumerate(stream, before + 1):
             yield number, decode(line.removeprefix(BOM), path, number)
+            at += len(line)
+            if at == last:
+                return
 
 
 def whole_text(path: Path) -> str:

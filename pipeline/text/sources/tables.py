@@ -16,19 +16,40 @@ from ddk_pipe.pipeline.text.sources.records import Document, listed, read_record
 BATCH_ROWS = 256  # Parquet rows in memory at a time
 
 
-def read_parquet(path: Path, domain: Domain) -> Iterator[Document]:
-    """The text or chat of every row."""
+def row_groups(path: Path) -> list[tuple[int, int]]:
+    """Rows and packed bytes of each row group. Raises DdkError for what is not Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = 0
+    try:
+        groups = pq.ParquetFile(path).metadata
+        found = [groups.row_group(number) for number in range(groups.num_row_groups)]
+        return [
+            (group.num_rows, sum(group.column(at).total_compressed_size for at in range(group.num_columns)))
+            for group in found
+        ]
+    except pa.ArrowException as problem:
+        raise DdkError(
+            f"{path}: not Parquet that can be read ({reason(problem)})", hint="write it again"
+        ) from None
+
+
+def read_parquet(
+    path: Path, domain: Domain, first: int = 0, last: int | None = None, *, before: int = 0
+) -> Iterator[Document]:
+    """The text or chat of every row; of row groups `first` to `last` (left out), `before` rows stand before them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = before
     try:
         table = pq.ParquetFile(path)
         names = table.schema_arrow.names
         wanted = (domain.text_field, domain.messages_field, domain.tools_field)
         columns = [name for name in wanted if name in names]
         _check_columns(path, names, domain, rows=table.metadata.num_rows)
-        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        groups = range(first, table.num_row_groups if last is None else last)
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns, row_groups=groups):
             for record in _rows(batch, path, row):
                 row += 1
                 yield read_record(record, domain, f"{path}: row {row}", structs=True)

@@ -115,7 +115,7 @@ def test_what_is_packed_or_no_list_of_lines_stays_whole(
 def test_the_line_of_an_error_in_a_later_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, 100, 100)
     lines = [json.dumps({"text": f"{number} words"}) for number in range(400)]
-    lines[317] = 'nonsense'
+    lines[317] = "nonsense"
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(DdkError, match=r"a\.jsonl:318: not JSON"):
         read(tmp_path, "a.jsonl")

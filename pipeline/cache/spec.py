@@ -153,8 +153,9 @@ def read_spec(folder: Folder) -> CacheSpec:
         raise DdkError(f"{path}: not JSON", hint=RESTORE) from None
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, bool) or version not in READABLE:
+        listed = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise DdkError(
-            f"{path}: schema version {str(version)[:20]}, this program reads {READABLE[0]} to {READABLE[-1]}",
+            f"{path}: schema version {str(version)[:20]}, this program reads {listed}",
             hint="use the ddk-pipe that wrote it, or make the cache again",
         )
     try:

@@ -332,16 +332,26 @@ def test_a_writer_with_other_settings(
     judge.complete(folder)
 
 
-@pytest.mark.parametrize("version", [1, 4, "2", None, True])
+@pytest.mark.parametrize("version", [1, 5, "2", None, True])
 def test_another_schema_version(judge: Judge, folder: LocalFolder, version: Any) -> None:
     path = folder.path / "cache.json"
     path.write_bytes(resealed({**json.loads(path.read_bytes()), "schema_version": version}))
     before = untouched(folder)
     (line,) = judge.damaged(folder)
-    assert "this program reads 2 and 3; use the ddk-pipe that wrote it" in line
+    assert "this program reads 2, 3 and 4; use the ddk-pipe that wrote it" in line
     for attempt in (lambda: CacheWriter(folder, small_spec()), lambda: verify(folder, repair=True)):
         with pytest.raises(DdkError, match="schema version"):
             attempt()
+    assert untouched(folder) == before
+
+
+def test_a_schema_version_of_another_attention(judge: Judge, folder: LocalFolder) -> None:
+    """Version 4 is that of documents apart, and this cache says nothing of them: it would be read as whole windows."""
+    path = folder.path / "cache.json"
+    path.write_bytes(resealed({**json.loads(path.read_bytes()), "schema_version": 4}))
+    before = untouched(folder)
+    (line,) = judge.damaged(folder)
+    assert "cache.json: damaged or edited by hand" in line
     assert untouched(folder) == before
 
 

@@ -14,7 +14,7 @@ from ddk_pipe.pipeline.storage import LocalFolder
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("schema_version", 1, "schema version 1, this program reads 2 to 4"),
+        ("schema_version", 1, "schema version 1, this program reads 2, 3 and 4"),
         ("vocab_size", 91, "damaged or edited"),
         ("seq_len", 3, "damaged or edited"),
         ("seq_len", "12", "damaged or edited"),

@@ -54,7 +54,7 @@ bench: setup ## side-by-side measurements; results in benchmarks/results
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/loss.py --json benchmarks/results/loss.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cache_shards.py --json benchmarks/results/cache_shards.json
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/prepare.py --corpus ../shared/data/corpus --json benchmarks/results/prepare.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/prepare.py --json benchmarks/results/prepare.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/sweep.py --json benchmarks/results/sweep.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher.py --json benchmarks/results/teacher.json
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/teacher_scaling.py --engine local --json benchmarks/results/teacher.json

@@ -28,7 +28,12 @@ WANTED_SHARE, SECOND_RUN_SECONDS, WORKER_BYTES = 0.85, 2.0, 1 << 30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of .jsonl.gz with a field `text`")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=Path("../shared/data/corpus"),
+        help="folder of .jsonl.gz with a field `text`",
+    )
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])

@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project, load_project
+from ddk_pipe.pipeline.text.sources import parts
 from ddk_pipe.stages.cache_teacher import Request, cache_teacher
 from ddk_pipe.stages.cli import app
 from ddk_pipe.stages.common.machine import BEFORE_CUDA
+from ddk_pipe.stages.prepare import prepare
 
 pytestmark = [
     pytest.mark.slow,
@@ -196,3 +198,26 @@ def test_an_actor_asks_for_no_gpu_before_vllm_can_start(
     for each in [*driver, *noted_in(questions)]:
         assert each.variables == BEFORE_CUDA and not each.touched, each
     assert [each.event for each in noted_in(questions)].count("engine") >= 1
+
+
+def test_a_corpus_in_parts(
+    make_project: MakeProject, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are those of this process; a document that is wrong is named as here."""
+    monkeypatch.setattr(parts, "FIRST_BYTES", 500)
+    monkeypatch.setattr(parts, "MOST_BYTES", 500)
+    lines = [json.dumps({"text": f"line {number} of some text"}) for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    path = make_project(domains={"a": {"train": "a.jsonl"}})
+    facts = [
+        {split: found.facts.digest for split, found in prepared["a"].items()}
+        for prepared in (
+            prepare(load_project(path, ["output=whole"])),
+            prepare(load_project(path), engine="ray", workers=2),
+        )
+    ]
+    assert facts[0] == facts[1]
+    assert not (tmp_path / "out/tokens/a/parts").exists()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "nonsense", *lines]))
+    with pytest.raises(DdkError, match=r"a\.jsonl:301: not JSON"):
+        prepare(load_project(path), engine="ray", workers=2)

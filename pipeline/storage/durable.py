@@ -44,7 +44,12 @@ def naming(path: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Make the names inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """A file's content, or a folder's names, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -79,11 +84,7 @@ def write_file(path: Path, content: bytes, *, exclusive: bool = False) -> None:
 
 def publish_file(partial: Path, final: Path) -> None:
     """Give a finished file its name, in place of one that has it."""
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync(partial)
     os.replace(partial, final)
     sync_folder(final.parent)
 
@@ -91,12 +92,7 @@ def publish_file(partial: Path, final: Path) -> None:
 def publish_folder(partial: Path, final: Path) -> None:
     """Give a finished folder its name; raises OSError if a non-empty folder of that name exists."""
     for path in [*partial.rglob("*"), partial]:
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(path)
     os.rename(partial, final)
     sync_folder(final.parent)
 

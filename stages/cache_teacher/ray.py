@@ -16,9 +16,8 @@ from typing import Any
 from ddk_pipe.pipeline.cache import Shard
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.stages.cache_teacher.maker import DEPTH, Job, ShardMaker, ShardReport, portable
-from ddk_pipe.stages.common import connect, grace_seconds, prepare_cpu, say
+from ddk_pipe.stages.common import MAX_RESTARTS, connect, grace_seconds, prepare_cpu, say
 
-MAX_RESTARTS = 20  # of one actor: spot instances come and go
 LEAVE_SHARE = 0.8  # of the grace, for actors to write what they have
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,16 +16,14 @@ from ddk_pipe.pipeline.cache import (
     planned,
     uncommitted,
 )
-from ddk_pipe.pipeline.errors import DdkError, install_hint
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Project
 from ddk_pipe.pipeline.storage import Folder, LocalFolder, durable
 from ddk_pipe.stages.cache_teacher import local
 from ddk_pipe.stages.cache_teacher.maker import Job, ShardReport
 from ddk_pipe.stages.cache_teacher.plan import count_positions, expected_bytes, only_domains, plan_job
 from ddk_pipe.stages.cache_teacher.status import ShardProgress, StatusStream
-from ddk_pipe.stages.common import Terminated, Tracker, say, stops_in_time, track
-
-ENGINES = ("local", "ray")
+from ddk_pipe.stages.common import Terminated, Tracker, check_engine, say, stops_in_time, track
 
 
 @dataclass(frozen=True)
@@ -42,13 +39,10 @@ class Request:
 
     def check(self) -> None:
         """Raises DdkError for what cannot be."""
-        if self.engine not in ENGINES:
-            raise DdkError(f"--engine {self.engine}: unknown", hint=f"use one of {', '.join(ENGINES)}")
+        check_engine(self.engine)
         for name, value in (("--limit", self.limit), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise DdkError(f"{name} {value}: at least 1", hint=f"leave {name} out, or raise it")
-        if self.engine == "ray":
-            _need_ray()
 
 
 @dataclass
@@ -179,11 +173,6 @@ def _last_word(progress: ShardProgress) -> Iterator[None]:
     except Exception as problem:
         progress.send("failed", error=str(problem))
         raise
-
-
-def _need_ray() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise DdkError("--engine ray: Ray is not installed", hint=install_hint("ray"))
 
 
 def bytes_per_position(folder: Folder, spec: CacheSpec) -> float:

@@ -6,7 +6,7 @@ Knows no command.
 from ddk_pipe.stages.common.locking import alone
 from ddk_pipe.stages.common.machine import SPREAD, peak_memory_bytes, pick_device, pick_dtype, prepare_cpu
 from ddk_pipe.stages.common.progress import Tracker, clock, console, say, track
-from ddk_pipe.stages.common.ray_cluster import connect
+from ddk_pipe.stages.common.ray_cluster import MAX_RESTARTS, check_engine, connect
 from ddk_pipe.stages.common.record import (
     EVALUATION,
     RunRecord,
@@ -32,6 +32,7 @@ from ddk_pipe.stages.common.unheard import Unheard
 
 __all__ = [
     "EVALUATION",
+    "MAX_RESTARTS",
     "SPREAD",
     "RunRecord",
     "StopFlag",
@@ -41,6 +42,7 @@ __all__ = [
     "Tracker",
     "Unheard",
     "alone",
+    "check_engine",
     "check_student",
     "clock",
     "connect",

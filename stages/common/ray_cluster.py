@@ -1,15 +1,28 @@
-"""The one door to Ray: a cluster named by RAY_ADDRESS, or one started on this machine."""
+"""The one door to Ray: whether it was asked for, and a cluster named by RAY_ADDRESS or one started on this machine."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
+from ddk_pipe.pipeline.errors import DdkError, install_hint
 from ddk_pipe.stages.common.progress import say
+
+ENGINES = ("local", "ray")
+MAX_RESTARTS = 20  # of one actor: spot instances come and go
 
 STORE_BYTES = (
     200 << 20
 )  # of a Ray started here: shards and students go to the disk, never through Ray's object store
+
+
+def check_engine(engine: str) -> None:
+    """Raises DdkError for an engine that nobody knows, and for Ray where it is not installed."""
+    if engine not in ENGINES:
+        raise DdkError(f"--engine {engine}: unknown", hint=f"use one of {', '.join(ENGINES)}")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise DdkError("--engine ray: Ray is not installed", hint=install_hint("ray"))
 
 
 def connect(stage: str) -> Any:

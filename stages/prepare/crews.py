@@ -20,11 +20,8 @@ from typing import Any, Protocol
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Manifest, Project
 from ddk_pipe.pipeline.text import Encoder, Part, documents_of, encode, write_pieces
-from ddk_pipe.stages.common import connect, say
+from ddk_pipe.stages.common import MAX_RESTARTS, connect, say
 from ddk_pipe.stages.prepare.rules import encoder_now
-
-ENGINES = ("local", "ray")
-MAX_RESTARTS = 20  # of one actor: spot instances come and go
 
 
 @dataclass(frozen=True)

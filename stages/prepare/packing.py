@@ -23,7 +23,7 @@ from ddk_pipe.pipeline.text import (
 )
 from ddk_pipe.stages.common import say
 from ddk_pipe.stages.prepare.crews import Crew
-from ddk_pipe.stages.prepare.parts import Parts
+from ddk_pipe.stages.prepare.parts import Parts, remove_parts
 from ddk_pipe.stages.prepare.rules import CHAT_RULES
 from ddk_pipe.stages.prepare.split import Candidates, Chosen, DefaultSplit, cut
 
@@ -45,7 +45,7 @@ def pack_domain(
         facts = packing.finish(record)
     finally:
         packing.discard()
-    parts.remove()
+    remove_parts(project.tokens / name)
     seconds = time.monotonic() - began
     for split in SPLITS:
         windows, tokens = facts[split]["windows"], facts[split]["tokens"]

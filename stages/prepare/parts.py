@@ -10,17 +10,26 @@ import shutil
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import DatasetSource, Domain, Project, Source
 from ddk_pipe.pipeline.storage import durable, settle_writes
-from ddk_pipe.pipeline.text import Part, Piece, cut_into_parts, read_pieces, resolve_sources
+from ddk_pipe.pipeline.text import Part, Piece, cut_into_parts, read_pieces
 from ddk_pipe.stages.common import track
 from ddk_pipe.stages.prepare.crews import Crew, Job
 from ddk_pipe.stages.prepare.rules import WORDS
+
+FOLDER = "parts"  # beside the splits of a domain
+
+
+def remove_parts(tokens: Path) -> None:
+    """The splits of the domain in that folder are there: nobody needs its parts any more."""
+    if (tokens / FOLDER).exists():
+        settle_writes()
+        shutil.rmtree(tokens / FOLDER, ignore_errors=True)
 
 
 class Parts:
@@ -30,9 +39,10 @@ class Parts:
         self, project: Project, name: str, domain: Domain, record: dict[str, Any], crew: Crew
     ) -> None:
         self.project, self.name, self.domain, self.crew = project, name, domain, crew
-        self.folder = project.tokens / name / "parts"
+        self.folder = project.tokens / name / FOLDER
         self._made_from = [record.get(key) for key in ("version", "fields", *WORDS)]
         self._contents = _contents(record)
+        self._bytes = {split: _total_bytes(items) for split, items in record["sources"].items()}
 
     def pieces(self, sources: list[Source], split: str, what: str) -> Generator[list[Piece]]:
         """The documents of the sources in order, some at a time; a reader who has enough may leave.
@@ -41,7 +51,7 @@ class Parts:
         handed out.
         """
         field = f"domains.{self.name}.{split}"
-        total = _total_bytes(self.project, sources, field=field)
+        total = self._bytes[split]
         with (
             track(what, total, "tokens" if total is None else "bytes") as advance,
             closing(self._made(self._jobs(sources, field=field))) as jobs,
@@ -53,11 +63,6 @@ class Parts:
                     tokens += sum(len(piece.encoded.ids) for piece in pieces)
                 size = sum(stretch.size for stretch in job.part)
                 advance(tokens if total is None else size)
-
-    def remove(self) -> None:
-        """The splits are there: nobody needs the parts any more."""
-        settle_writes()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _jobs(self, sources: list[Source], *, field: str) -> Iterator[Job]:
         parts = cut_into_parts(self.project, sources, text_field=self.domain.text_field, field=field)
@@ -113,14 +118,9 @@ def _done() -> Future[None]:
     return future
 
 
-def _total_bytes(project: Project, sources: list[Source], *, field: str) -> int | None:
-    total = 0
-    for source in resolve_sources(project, sources, field=field):
-        if isinstance(source, DatasetSource):
-            return None
-        with suppress(OSError):  # its reader says what is wrong
-            total += source.stat().st_size
-    return total
+def _total_bytes(items: list[dict[str, Any]]) -> int | None:
+    """Of the sources in a record; None where a dataset is among them."""
+    return None if any("dataset" in item for item in items) else sum(item["bytes"] for item in items)
 
 
 def _key(source: Path | DatasetSource) -> str:

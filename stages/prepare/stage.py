@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ddk_pipe.pipeline.errors import DdkError, install_hint
+from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Domain, Project
 from ddk_pipe.pipeline.text import (
     SPLITS,
@@ -21,10 +20,11 @@ from ddk_pipe.pipeline.text import (
     find_files,
     open_split,
 )
-from ddk_pipe.stages.common import say
-from ddk_pipe.stages.prepare.crews import ENGINES, Crew, open_crew
+from ddk_pipe.stages.common import check_engine, say
+from ddk_pipe.stages.prepare.crews import Crew, open_crew
 from ddk_pipe.stages.prepare.fingerprints import content_of, source_fingerprints
 from ddk_pipe.stages.prepare.packing import pack_domain
+from ddk_pipe.stages.prepare.parts import remove_parts
 from ddk_pipe.stages.prepare.rules import CHAT_RULES, WORDS, rules_now
 
 CHANGES = {
@@ -63,12 +63,9 @@ def prepare(
 
 
 def _check_crew(engine: str, workers: int | None) -> None:
-    if engine not in ENGINES:
-        raise DdkError(f"--engine {engine}: unknown", hint=f"use one of {', '.join(ENGINES)}")
+    check_engine(engine)
     if workers is not None and workers < 1:
         raise DdkError(f"--workers {workers}: must be at least 1", hint="leave it out for this process alone")
-    if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise DdkError("--engine ray: Ray is not installed", hint=install_hint("ray"))
 
 
 def _check_sources(project: Project, name: str, domain: Domain) -> None:
@@ -104,6 +101,7 @@ def _domain(
     changed = _changed(known, record)
     if known and not changed:
         say(f"prepare {name}: already done")
+        remove_parts(folder)  # of a run that was killed right before it did
         return {split: open_split(folder / split) for split in SPLITS}
     if known:
         say(f"prepare {name}: made again, for what it was made with changed: {', '.join(changed)}")

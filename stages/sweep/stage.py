@@ -13,7 +13,7 @@ import typer
 from ddk_pipe.pipeline.errors import DdkError
 from ddk_pipe.pipeline.manifest import Sweep, load_sweep
 from ddk_pipe.pipeline.storage import durable
-from ddk_pipe.stages.common import alone, new_table, say, stops_in_time, terminal
+from ddk_pipe.stages.common import alone, check_engine, new_table, say, stops_in_time, terminal
 from ddk_pipe.stages.sweep.record import cache_changed, write_record
 from ddk_pipe.stages.sweep.run import Job, Outcome
 from ddk_pipe.stages.sweep.search import need_optuna, propose
@@ -23,7 +23,6 @@ from ddk_pipe.stages.sweep.table import Row, show_results
 
 ASK_BEYOND = 200  # runs: more are asked for
 LISTED = 30  # runs printed before a sweep starts
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Request:
 
     def check(self) -> None:
         """Raises DdkError for what cannot be."""
-        if self.engine not in ENGINES:
-            raise DdkError(f"--engine {self.engine}: unknown", hint=f"use one of {', '.join(ENGINES)}")
+        check_engine(self.engine)
         for name, value in (("--parallel", self.parallel), ("--threads", self.threads)):
             if value is not None and value < 1:
                 raise DdkError(f"{name} {value}: at least 1", hint=f"leave {name} out, or raise it")

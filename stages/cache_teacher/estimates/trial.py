@@ -25,7 +25,7 @@ from ddk_pipe.pipeline.cache import (
     is_input,
 )
 from ddk_pipe.pipeline.manifest import Project
-from ddk_pipe.pipeline.models import Starts
+from ddk_pipe.pipeline.models import stack_starts
 from ddk_pipe.pipeline.storage import LocalFolder
 from ddk_pipe.pipeline.targets import NO_LABEL, Plan, Selected, SparseTargets, stack
 from ddk_pipe.pipeline.text import SPLITS, TRAIN, Split, open_split
@@ -138,7 +138,8 @@ def _write(
         writer.add_ranks(shard.domain, ranks_of(kept_counts(others, like.vocab_size), sample.split))
         windows = sample.windows[half]
         tokens = np.stack([window.tokens for window in windows])
-        sizes.add(writer.write(shard, tokens, _loss_mask(windows), selected[half], {}, _starts(windows)))
+        starts = stack_starts([window.starts for window in windows], tokens.shape[1])
+        sizes.add(writer.write(shard, tokens, _loss_mask(windows), selected[half], {}, starts))
     reader = CacheReader(folder, like.plan.temperatures[0])
     for shard in all_shards(writer.spec):
         for number in range(shard.windows):
@@ -153,9 +154,3 @@ def _loss_mask(windows: list[Window]) -> NDArray[np.uint8]:
     mask = np.zeros(labels.shape, np.uint8)
     mask[:, 1:] = labels[:, :-1] != NO_LABEL
     return mask
-
-
-def _starts(windows: list[Window]) -> Starts | None:
-    """Where documents begin, [windows, seq_len]."""
-    found = [window.starts for window in windows if window.starts is not None]
-    return np.stack(found) if found else None

@@ -16,7 +16,7 @@ from ddk_pipe.pipeline.text.sources.finding import resolve_sources
 from ddk_pipe.pipeline.text.sources.opening import BUFFER, compression_of_file, readable
 from ddk_pipe.pipeline.text.sources.tables import row_groups
 
-FIRST_BYTES, MOST_BYTES = 1 << 20, 1 << 26
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 26
 
 
 @dataclass(frozen=True)
